@@ -1,0 +1,187 @@
+"""Writing a data set so that it can be stopped at any moment and continued.
+
+Order: shards, each followed by a small record of its size and checksum under `_parts/`; then the `zarr.json` files; then
+the manifest; then `_parts/` goes. Without a manifest no reader takes the data set for whole, and a shard counts as written
+only when its bytes agree with its record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from datamodules.store import NotFound, Store, canonical_json
+
+from . import statistics
+from .dataset import FORMAT, MANIFEST, METADATA, VERSION, ObjectInfo, read_manifest
+from .errors import DataError
+from .layout import ArraySpec
+from .shard import encode_shard
+
+PARTS = "_parts"
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """The first field in which two JSON values differ, as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    return f"{path}: {old!r} -> {new!r}"
+
+
+class Writer:
+    """Writes the shards of one data set, from one process or several.
+
+    Args:
+        store: where the data set goes.
+        specs: its arrays by name.
+        identity: plain JSON that fixes every byte (generator, version, config, seed). Another identity at the same place
+            is refused with DataError.
+    """
+
+    def __init__(self, store: Store, specs: Mapping[str, ArraySpec], identity: Mapping[str, Any]) -> None:
+        self.store, self.specs = store, dict(specs)
+        arrays = {name: spec.to_json() for name, spec in self.specs.items()}
+        self.identity = {**identity, "zarr_layout": hashlib.sha256(canonical_json(arrays)).hexdigest()}
+
+    def finished(self) -> bool:
+        """Whether the data set is whole; DataError if another one is at this place."""
+        try:
+            if not self.store.exists(MANIFEST):
+                return False
+        except NotFound:
+            return False
+        manifest, _ = read_manifest(self.store)
+        self._compare(manifest.get("identity"), "the data set")
+        return True
+
+    def begin(self) -> None:
+        """Claim the place for this identity; DataError if an unfinished data set of another one is there."""
+        path = f"{PARTS}/identity.json"
+        if not self.store.create(path, canonical_json(self.identity)):
+            self._compare(self.store.read_json(path), "the unfinished data set")
+
+    def _compare(self, found: Any, what: str) -> None:
+        if found != self.identity:
+            raise DataError(
+                f"{self.store.url}: {what} there was made from another config ({first_difference(found, self.identity)}); "
+                "choose another url or delete it"
+            )
+
+    def shards(self) -> list[tuple[str, int]]:
+        """All (array, shard number), in the order in which they are listed in the manifest."""
+        return [(name, k) for name in sorted(self.specs) for k in range(self.specs[name].shards)]
+
+    def _path(self, name: str, k: int) -> str:
+        return f"{name}/{self.specs[name].shard_key(k)}"
+
+    def written(self, name: str, k: int) -> dict[str, Any] | None:
+        """The record of a shard that is there and whole (its bytes are read and checked); None if it must be written."""
+        try:
+            record = self.store.read_json(f"{PARTS}/{name}/{k}.json")
+            info = ObjectInfo.from_json(record)
+            if self.store.size(info.path) != info.size or not info.matches(self.store.read(info.path)):
+                return None
+        except (NotFound, KeyError, ValueError):
+            return None
+        return dict(record)
+
+    def write_shard(
+        self, name: str, k: int, values: np.ndarray, train: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """Write shard k from `values` [extent, *shape[1:]] and return its record.
+
+        With `train` = [start, stop) on axis 0, the record has the moments of the entries within it, per channel.
+        """
+        spec, path = self.specs[name], self._path(name, k)
+        data = encode_shard(spec, k, values)
+        record = ObjectInfo.of(path, data).to_json()
+        if train is not None and "channel" in spec.dimensions:
+            base = k * spec.shard_length
+            chosen = values[max(0, train[0] - base) : max(0, train[1] - base)]
+            record["statistics"] = statistics.partial(chosen, spec.dimensions.index("channel"))
+        self.store.write(path, data.data)
+        self.store.write_json(f"{PARTS}/{name}/{k}.json", record)
+        return record
+
+    def finish(self, attributes: Mapping[str, Any], records: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+        """Write metadata and, last, the manifest. Returns the fingerprint.
+
+        `records`: of all shards. Statistics of the array named by `attributes["array"]` are merged into the attributes.
+        """
+        objects, attributes = [], {"format": FORMAT, "format_version": VERSION, **attributes}
+        for name, k in self.shards():
+            if (name, k) not in records:
+                raise ValueError(f"shard {k} of {name!r} has not been written")
+            objects.append(ObjectInfo.from_json(dict(records[name, k])))
+        main = attributes.get("array")
+        merged = statistics.merge(records[name, k].get("statistics", {}) for name, k in self.shards() if name == main)
+        if merged:
+            attributes["statistics"] = merged
+        members = {name: spec.to_json() for name, spec in sorted(self.specs.items())}
+        # zarr-python's extension: one request tells a reader of the group all about its arrays.
+        consolidated = {"kind": "inline", "must_understand": False, "metadata": members}
+        group = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": attributes,
+            "consolidated_metadata": consolidated,
+        }
+        documents = {METADATA: group} | {f"{name}/{METADATA}": document for name, document in members.items()}
+        for path, document in sorted(documents.items()):
+            data = canonical_json(document)
+            self.store.write(path, data)
+            objects.append(ObjectInfo.of(path, data))
+        arrays = {
+            name: {
+                "shape": list(spec.shape),
+                "dtype": spec.dtype,
+                "dimensions": list(spec.dimensions),
+                "shard_shape": list(spec.shard_shape),
+                "chunk_shape": list(spec.chunk_shape),
+            }
+            for name, spec in self.specs.items()
+        }
+        manifest = canonical_json(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "identity": self.identity,
+                "arrays": arrays,
+                "objects": [info.to_json() for info in sorted(objects, key=lambda info: info.path)],
+            }
+        )
+        self.store.write(MANIFEST, manifest)
+        self.clean()
+        return hashlib.sha256(manifest).hexdigest()
+
+    def clean(self) -> None:
+        """Remove the records of a finished data set and what killed writers left."""
+        self.store.delete_tree(PARTS)
+        self.store.sweep()
+
+
+def write_dataset(
+    target: str | Store,
+    specs: Mapping[str, ArraySpec],
+    values: Mapping[str, np.ndarray],
+    attributes: Mapping[str, Any],
+    identity: Mapping[str, Any] | None = None,
+) -> str:
+    """Write arrays that are in memory as a data set; returns its fingerprint.
+
+    `attributes` needs `kind`, `array` and `splits`; statistics of the main array over `splits["train"]` are added.
+    """
+    writer = Writer(target if isinstance(target, Store) else Store(target), specs, identity or {})
+    writer.begin()
+    train = attributes.get("splits", {}).get("train")
+    records = {}
+    for name, k in writer.shards():
+        base, extent = k * specs[name].shard_length, specs[name].shard_extent(k)
+        chosen = tuple(train) if train is not None and name == attributes.get("array") else None
+        records[name, k] = writer.write_shard(name, k, values[name][base : base + extent], chosen)
+    return writer.finish(attributes, records)

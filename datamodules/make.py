@@ -1,0 +1,176 @@
+"""`keel data make`: run a generator and write its data set, shard by shard, restartable at any moment."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from datamodules.format import DataError, Writer
+from datamodules.registry import lookup
+from datamodules.simulators.base import Generator
+from datamodules.store import Store
+
+Progress = Callable[[int, int], None]
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+@dataclass
+class MakeConfig:
+    """What to make, and where.
+
+    url: of the data set. generator: its `name` and its own config, see `datamodules.registry.GENERATORS`.
+    seed: base seed. shard_bytes: about the size of a shard. workers: processes that compute shards; 0: this one.
+    store: options of the store (deadline, endpoint_url, ...). Only url, workers and store leave the bytes as they are.
+    """
+
+    url: str = ""
+    generator: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    shard_bytes: int = 64 * 2**20
+    workers: int = 0
+    store: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes={self.shard_bytes}: must be positive; 67108864 is usual")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers}: must be >= 0; 0 computes in this process")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be >= 0")
+
+
+def _checked_keys(given: dict[str, Any], config_class: type, where: str) -> None:
+    known = [entry.name for entry in fields(config_class)]
+    for key in given:
+        if key not in known:
+            near = get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}{key}: no such field; {hint}")
+
+
+def _structured(config_class: type, given: dict[str, Any], where: str) -> Any:
+    """A config dataclass from plain values, types checked; ValueError names the field."""
+    _checked_keys(given, config_class, where)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or ""
+        raise ValueError(f"{where}{key}: {str(error).splitlines()[0]}") from error
+
+
+def load(path: str, overrides: list[str] | None = None) -> MakeConfig:
+    """A config from a YAML file with dotted overrides such as `generator.train=64`; ValueError names what is wrong."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; give the path of a YAML file") from error
+    except Exception as error:
+        raise ValueError(f"{path}: not a valid config ({' '.join(str(error).split())})") from error
+    given = OmegaConf.to_container(tree, resolve=True)
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: must hold fields such as url and generator")
+    config: MakeConfig = _structured(MakeConfig, {str(key): value for key, value in given.items()}, "")
+    return config
+
+
+def generator_of(config: MakeConfig) -> tuple[str, Generator]:
+    """Name and generator of a config; ValueError for an unknown name or field."""
+    given = dict(config.generator)
+    name = given.pop("name", None)
+    if not name:
+        raise ValueError("generator.name: is missing; name one, such as navier_stokes_2d")
+    config_class, generator_class = lookup("generator", str(name))
+    own = _structured(config_class, given, "generator.")
+    return str(name), generator_class(own, config.seed, config.shard_bytes)
+
+
+def _writer(config: MakeConfig) -> tuple[Writer, Generator, dict[str, Any]]:
+    name, generator = generator_of(config)
+    own = asdict(generator.config)
+    description = {"name": name, "version": generator.version, "config": own, "seed": config.seed}
+    identity = {"generator": description, "shard_bytes": config.shard_bytes, "source": generator.source()}
+    return Writer(Store(config.url, **config.store), generator.specs(), identity), generator, identity
+
+
+def _write(writer: Writer, generator: Generator, name: str, k: int) -> dict[str, Any]:
+    """Compute and write one shard unless it is there and whole; returns its record."""
+    found = writer.written(name, k)
+    if found is not None:
+        return found
+    attributes = generator.attributes()
+    train = attributes["splits"].get("train") if name == attributes["array"] else None
+    return writer.write_shard(name, k, generator.values(name, k), tuple(train) if train else None)
+
+
+_worker: tuple[Writer, Generator] | None = None
+
+
+def _start_worker(config: MakeConfig) -> None:
+    global _worker
+    if sys.platform == "linux":  # no orphans when the parent is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _worker = _writer(config)[:2]
+
+
+def _work(job: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:
+    assert _worker is not None
+    return job, _write(*_worker, *job)
+
+
+def make(config: MakeConfig, progress: Progress | None = None) -> str:
+    """Write the data set of `config`; returns its URL.
+
+    Call it again after an interruption: shards that are whole are kept. The bytes depend on generator, seed and
+    shard_bytes alone. `progress(done, total)` counts shards.
+
+    Raises:
+        DataError: another data set, finished or not, is at the URL.
+        ValueError: the config is wrong. StoreError: the store failed.
+    """
+    if not config.url:
+        raise ValueError("url: is missing; say where the data set goes, such as runs/data or s3://bucket/data")
+    writer, generator, identity = _writer(config)
+    jobs = writer.shards()
+    report = progress or (lambda done, total: None)
+    if writer.finished():
+        writer.clean()
+        report(len(jobs), len(jobs))
+        return writer.store.url
+    writer.begin()
+    report(0, len(jobs))
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    if config.workers == 0:
+        for name, k in jobs:
+            records[name, k] = _write(writer, generator, name, k)
+            report(len(records), len(jobs))
+    else:
+        # Spawned, not forked: torch's threads and store clients do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
+            futures = [pool.submit(_work, job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    job, record = future.result()
+                    records[job] = record
+                    report(len(records), len(jobs))
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"{config.url}: a worker process died (memory?); run again to continue, perhaps with fewer workers"
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    attributes = {**generator.attributes(), **identity}
+    writer.finish(attributes, records)
+    return writer.store.url

@@ -1,0 +1,371 @@
+"""`Store`: a prefix in object storage or on disk. The one place where Keel reads and writes bytes.
+
+Paths are strings relative to the prefix, with '/' as separator. Nothing here knows about listing caches, retries of the
+libraries below or `pathlib` (which would turn `s3://b/k` into `s3:/b/k`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from . import local
+from .client import S3_PROTOCOLS, Client, client
+from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .retry import Retry, chain, is_connect_fault, is_transient, response_of
+
+T = TypeVar("T")
+Range = tuple[str, int, int]
+SINGLE_PUT_BYTES = 4 * 2**30  # conditional writes go in one PUT: not all servers check the condition of a multipart one
+RETRY_OPTIONS = ("deadline", "connect_deadline")
+_memory_lock = threading.Lock()  # memory:// has no atomic create of its own
+
+
+def join_url(base: str, *parts: str) -> str:
+    """`base` and `parts` joined by single slashes; the scheme's `//` is left alone."""
+    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
+    if not tail:
+        return base
+    return base + tail if base.endswith("://") else f"{base.rstrip('/')}/{tail}"
+
+
+def _checked(path: str) -> str:
+    if path.startswith("/") or "://" in path or ".." in path.split("/"):
+        raise ValueError(f"path={path!r}: must be relative to the store, without '..'")
+    return path
+
+
+class Store:
+    """A URL prefix: a plain path, `file://`, `s3://bucket/prefix`, `memory://` or any other fsspec URL.
+
+    Picklable and safe to use from several threads; the client is made per process on first use.
+
+    Args:
+        url: the prefix. A relative path is made absolute.
+        options: `deadline` (60 s) ends retries; `connect_deadline` (10 s) ends them for an endpoint that never answered;
+            `connect_timeout` (5 s), `read_timeout` (30 s) and `concurrency` (32) bound single S3 requests; all others
+            go to the fsspec filesystem (`key`, `secret`, `endpoint_url`, `anon`, ... for S3). The usual environment
+            (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION) holds otherwise.
+
+    Raises (all methods): `NotFound`, `Unreachable`, `AccessDenied`, `OutOfSpace`, `ShortRead` or another `StoreError`.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        if not isinstance(url, str) or not url.strip():
+            raise StoreError(f"url={url!r}: a store needs a path or a URL such as s3://bucket/prefix")
+        scheme, separator, rest = url.partition("://")
+        self._protocol = scheme if separator else "file"
+        self.is_local = self._protocol in ("file", "local")
+        if self.is_local:
+            self._root = os.path.abspath(os.path.expanduser(rest if separator else url))
+            self.url = f"{scheme}://{self._root}" if separator else self._root
+        else:
+            self._root = rest.rstrip("/")
+            if not self._root.strip("/") and self._protocol != "memory":
+                raise StoreError(f"{url}: names no bucket; use {scheme}://bucket/prefix")
+            self.url = f"{scheme}://{self._root}"
+        self.options = dict(options)
+        self.retry = Retry(
+            deadline=float(options.get("deadline", Retry.deadline)),
+            connect_deadline=float(options.get("connect_deadline", Retry.connect_deadline)),
+        )
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    # Names
+
+    def join(self, *parts: str) -> str:
+        """The URL of an object of this store."""
+        return join_url(self.url, *(_checked(part) for part in parts))
+
+    def sub(self, prefix: str) -> Store:
+        """The store below `prefix`, with the same options."""
+        return Store(self.join(prefix), **self.options)
+
+    def local_path(self, path: str = "") -> str:
+        """The file of an object; only for local stores."""
+        if not self.is_local:
+            raise ValueError(f"{self.url}: not a local store")
+        return os.path.join(self._root, *_checked(path).split("/")) if path else self._root
+
+    # Reading
+
+    def read(self, path: str) -> bytes:
+        """The whole object."""
+        if self.is_local:
+            return self._local(path, lambda: local.read(self.local_path(path)))
+        return self._remote(path, lambda fs, key, _: bytes(fs.cat_file(key)))
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
+        return self.read_ranges([(path, start, end)])[0]
+
+    def read_ranges(self, requests: Sequence[Range]) -> list[bytes]:
+        """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request."""
+        for path, start, end in requests:
+            if not 0 <= start <= end:
+                raise ValueError(f"{path}: range [{start}, {end}) is not a range")
+        todo = [i for i, (_, start, end) in enumerate(requests) if end > start]
+        out = [b""] * len(requests)
+        if not todo:
+            return out
+        if self.is_local:
+            wanted = [(self.local_path(requests[i][0]), *requests[i][1:]) for i in todo]
+            names = {file: requests[i][0] for i, (file, _, _) in zip(todo, wanted, strict=True)}
+            blocks = self._local(requests[todo[0]][0], lambda: local.read_ranges(wanted), names)
+            for i, block in zip(todo, blocks, strict=True):
+                out[i] = block
+            return out
+
+        def attempt(fs: Any, _key: str, _n: int) -> None:
+            """Fetch what is still missing; the first fault is raised after all that arrived is kept."""
+            fault: tuple[int, BaseException] | None = None
+            batch = {"batch_size": int(self.options.get("concurrency", 32))} if getattr(fs, "async_impl", False) else {}
+            keys = [self._key(requests[i][0]) for i in todo]
+            starts, ends = [requests[i][1] for i in todo], [requests[i][2] for i in todo]
+            results = fs.cat_ranges(keys, starts, ends, on_error="return", **batch)
+            missing = []
+            for i, result in zip(todo, results, strict=True):
+                path, start, end = requests[i]
+                if not isinstance(result, BaseException) and len(result) == end - start:
+                    out[i] = result
+                    continue
+                missing.append(i)
+                error = result if isinstance(result, BaseException) else TimeoutError("body cut short")
+                if fault is None or (is_transient(fault[1]) and not is_transient(error)):
+                    fault = (i, error)
+            todo[:] = missing
+            if fault is not None:
+                path, start, end = requests[fault[0]]
+                blamed[0] = path
+                self._check_length(fs, path, start, end, fault[1])
+                raise fault[1]
+
+        blamed = [requests[todo[0]][0]]
+        self._remote(blamed[0], attempt, blamed)
+        return out
+
+    def read_json(self, path: str) -> Any:
+        """A JSON object; `StoreError` if it is not JSON."""
+        data = self.read(path)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StoreError(f"{self.join(path)}: not valid JSON ({error}); the object is damaged") from error
+
+    def exists(self, path: str) -> bool:
+        """Whether the object (not a prefix of objects) exists."""
+        try:
+            self.size(path)
+        except NotFound:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Bytes of an object."""
+        if self.is_local:
+            if os.path.isdir(self.local_path(path)):
+                raise NotFound(f"{self.join(path)}: is a folder, not an object")
+            return self._local(path, lambda: os.stat(self.local_path(path)).st_size)
+        return self._remote(path, lambda fs, key, _: self._remote_size(fs, key))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
+        _checked(prefix)
+        prefix = prefix.rstrip("/")
+        lead = f"{prefix}/" if prefix else ""
+        if self.is_local:
+            return self._local(prefix, lambda: [lead + name for name in local.walk(self.local_path(prefix))])
+
+        def attempt(fs: Any, key: str, _n: int) -> list[str]:
+            try:
+                found = fs.find(key)
+            except FileNotFoundError:
+                self._check_bucket(fs)
+                return []
+            if not found:
+                self._check_bucket(fs)
+            cut = key.strip("/") + "/" if key.strip("/") else ""
+            names = [name.strip("/") for name in found]
+            return sorted(lead + name[len(cut) :] for name in names if name.startswith(cut) and name != cut)
+
+        return self._remote(prefix, attempt)
+
+    # Writing
+
+    def write(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        """Write or replace an object as a whole: what cannot be finished is never seen."""
+        if self.is_local:
+            self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
+        else:
+            self._remote(path, lambda fs, key, _: fs.pipe_file(key, bytes(data)))
+
+    def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
+        """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.
+
+        Local: a hard link to a complete file. S3: PUT with If-None-Match (checked by AWS, Ceph and moto; a server that
+        ignores the condition is only safe without a race). The content should name its writer: when an answer is lost,
+        a retry finds its own object and returns True.
+        """
+        if self.is_local:
+            return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
+        body = bytes(data)
+
+        def attempt(fs: Any, key: str, n: int) -> bool:
+            try:
+                if n == 0 and fs.exists(key):
+                    return False
+                if self._protocol in S3_PROTOCOLS:
+                    fs.pipe_file(key, body, mode="create", chunksize=SINGLE_PUT_BYTES)
+                else:
+                    with _memory_lock:
+                        fs.pipe_file(key, body, mode="create")
+                return True
+            except Exception as error:
+                if not isinstance(error, FileExistsError) and response_of(error)[0] != 412:
+                    raise
+                return n > 0 and bytes(fs.cat_file(key)) == body
+
+        return self._remote(path, attempt)
+
+    def write_json(self, path: str, value: Any) -> None:
+        """`value` as canonical JSON: sorted keys, no spaces, so that equal values are equal bytes."""
+        self.write(path, canonical_json(value))
+
+    def delete(self, path: str) -> None:
+        """Remove an object; missing is fine."""
+        if self.is_local:
+            self._local(path, lambda: self._unlink(self.local_path(path)))
+            return
+        self._remote(path, lambda fs, key, _: self._remote_delete(fs, key))
+
+    def delete_tree(self, prefix: str = "") -> None:
+        """Remove all objects below the folder `prefix` (and an object of that very name)."""
+        if self.is_local:
+            self._local(prefix, lambda: local.delete_tree(self.local_path(prefix)))
+            return
+        for path in self.list(prefix):
+            self.delete(path)
+        if prefix:
+            self.delete(prefix)
+
+    def sweep(self, age: float = 3600.0) -> None:
+        """Remove what writers that were killed left behind on a local disk, untouched for `age` seconds."""
+        if self.is_local:
+            self._local("", lambda: local.sweep(self._root, age))
+
+    # Plumbing
+
+    def _key(self, path: str) -> str:
+        _checked(path)
+        return f"{self._root}/{path}" if path else self._root
+
+    def _client(self) -> Client:
+        options = {name: value for name, value in self.options.items() if name not in RETRY_OPTIONS}
+        return client(self._protocol, options, self.url)
+
+    @staticmethod
+    def _unlink(path: str) -> None:
+        if os.path.lexists(path):
+            os.unlink(path)
+
+    @staticmethod
+    def _remote_size(fs: Any, key: str) -> int:
+        info = fs.info(key)
+        if info["type"] != "file":
+            raise FileNotFoundError(key)
+        return int(info["size"])
+
+    @staticmethod
+    def _remote_delete(fs: Any, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(key)
+
+    def _check_bucket(self, fs: Any) -> None:
+        if self._protocol in S3_PROTOCOLS:
+            bucket = self._root.split("/")[0]
+            try:
+                fs.call_s3("head_bucket", Bucket=bucket)
+            except Exception as error:
+                if not isinstance(error, FileNotFoundError):
+                    return  # not allowed to ask, or a passing fault: no verdict
+                raise NoBucket(f"{self.url}: there is no bucket {bucket!r}; create it or correct the URL") from error
+
+    def _check_length(self, fs: Any, path: str, start: int, end: int, error: BaseException) -> None:
+        """Tell a truncated object (for good) from a body cut short on the way (worth another try)."""
+        if not isinstance(error, TimeoutError) and response_of(error)[0] != 416:
+            return
+        size = self._remote_size(fs, self._key(path))
+        if size < end:
+            raise ShortRead(
+                f"{self.join(path)}: truncated, {size} bytes where bytes {start} to {end} were wanted; write it again"
+            ) from error
+
+    def _local(self, path: str, operation: Callable[[], T], names: Mapping[str, str] | None = None) -> T:
+        """Run on the disk; `names` maps the files that an error may name to paths of this store."""
+        try:
+            return operation()
+        except StoreError:
+            raise
+        except OSError as error:
+            raise self._translate(error, (names or {}).get(error.filename, path)) from error
+
+    def _remote(self, path: str, operation: Callable[[Any, str, int], T], blamed: Sequence[str] = ()) -> T:
+        held = self._client()
+        key = self._key(path)
+
+        def attempt(n: int) -> T:
+            try:
+                result = operation(held.filesystem, key, n)
+            except Exception as error:
+                if not is_connect_fault(error) and response_of(error)[0]:
+                    held.reached = True
+                raise
+            held.reached = True
+            return result
+
+        try:
+            return self.retry.run(attempt, lambda: held.reached)
+        except StoreError:
+            raise
+        except Exception as error:
+            where = blamed[0] if blamed else path
+            if isinstance(error, FileNotFoundError):
+                self._check_bucket(held.filesystem)
+            raise self._translate(error, where) from error
+
+    def _translate(self, error: Exception, path: str) -> StoreError:
+        url = self.join(path) if path else self.url
+        names = {type(link).__name__ for link in chain(error)}
+        status, code = response_of(error)
+        text = " ".join(str(error).split()) or type(error).__name__
+        if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"}:
+            return AccessDenied(
+                f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        if isinstance(error, FileNotFoundError):
+            return NotFound(f"{url}: not found; check the URL")
+        if isinstance(error, PermissionError) or status in (401, 403):
+            hint = (
+                "check its permissions"
+                if self.is_local
+                else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
+            )
+            return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return OutOfSpace(f"{url}: no space left for it ({error.strerror}); free space and start again")
+        if is_transient(error):
+            endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
+            return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")
+        return StoreError(f"{url}: {type(error).__name__}: {text}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces; equal values give equal bytes. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,209 @@
+"""A local cache of whole shards: shared by all processes of a host, bounded in bytes, least recently used leaves first.
+
+Layout: ``<root>/<fingerprint prefix>/<quoted shard path>``, ``<...>.<pid>-<n>.part`` while a download runs, and
+``<root>/locks/*``. A shard appears under its name only by an atomic rename after its checksum was verified, so a process
+killed at any moment leaves at most a ``.part`` file and never a wrong shard. Locks are ``flock`` locks, which the kernel
+drops when their owner dies; a ``.part`` file whose lock is free is therefore left over, and is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
+from urllib.parse import quote
+
+from datamodules.format import DataError
+from datamodules.format.crc import crc32
+from datamodules.store import OutOfSpace
+
+BLOCK = 8 << 20  # bytes of one range request of a download
+PARALLEL = 4  # range requests in flight for one download
+_STRIPES = 64  # number of lock files; two shards that share one only wait for each other
+_serial = itertools.count()
+
+
+class Source(Protocol):
+    """What a download needs of ``datamodules.store.Store``."""
+
+    @property
+    def url(self) -> str: ...
+    def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]: ...
+
+
+def default_root() -> str:
+    """``$KEEL_CACHE``, else ``~/.cache/keel``."""
+    return os.environ.get("KEEL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "keel")
+
+
+class ShardCache:
+    """Whole shards of remote data sets as local files under ``root``, together at most ``capacity`` bytes.
+
+    Safe for several threads, ranks and runs at once.
+    """
+
+    def __init__(self, root: str, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"cache: capacity={capacity} bytes; give a positive size, or use no cache")
+        self.root, self.capacity = os.path.abspath(root or default_root()), capacity
+        os.makedirs(os.path.join(self.root, "locks"), exist_ok=True)
+        self.sweep()
+
+    def open(self, source: Source, fingerprint: str, path: str, size: int, checksum: int) -> tuple[int | None, int]:
+        """File descriptor (the caller closes it) of the shard's verified copy, and the bytes downloaded for it if it was absent.
+
+        The descriptor is ``None`` if the shard cannot fit at the moment: the shard is larger than the cache, or others' downloads fill it.
+        ``DataError`` if two downloads both fail the CRC-32 ``checksum``; ``StoreError`` if the store fails or the disk is full.
+        """
+        target = self._target(fingerprint, path)
+        descriptor = self._open(target, size)
+        if descriptor is not None:
+            return descriptor, 0
+        with self._lock(target):
+            descriptor = self._open(target, size)  # another process may have fetched it while this one waited
+            if descriptor is not None:
+                return descriptor, 0
+            for leftover in self._parts(target):
+                _unlink(leftover)
+            for attempt in (1, 2):
+                part = self._reserve(target, size)
+                if part is None:
+                    return None, (attempt - 1) * size
+                try:
+                    if self._download(source, path, size, part) == checksum:
+                        os.replace(part, target)
+                        return self._open(target, size), attempt * size
+                finally:
+                    _unlink(part)
+        raise DataError(
+            f"{source.url}/{path}: corrupt: the checksum of two downloads differs from the manifest's; "
+            f"delete this object and run `keel data make` again"
+        )
+
+    def drop(self, fingerprint: str, path: str) -> None:
+        """Forget a shard whose cached copy turned out bad, so that the next ``open`` downloads it again."""
+        target = self._target(fingerprint, path)
+        with self._lock(target):
+            _unlink(target)
+
+    def sweep(self) -> None:
+        """Remove ``.part`` files whose writers are gone."""
+        for entry in self._entries():
+            if entry.name.endswith(".part"):
+                target = entry.path.rsplit(".", 2)[0]
+                with self._lock(target, wait=False) as held:
+                    if held:
+                        _unlink(entry.path)
+
+    def used(self) -> int:
+        """Bytes that shards and running downloads occupy."""
+        total = 0
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                total += entry.stat().st_size
+        return total
+
+    def _target(self, fingerprint: str, path: str) -> str:
+        return os.path.join(self.root, fingerprint.rpartition(":")[2][:16], quote(path, safe=""))
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        for space in os.scandir(self.root):
+            if space.name != "locks" and space.is_dir():
+                yield from os.scandir(space.path)
+
+    @staticmethod
+    def _parts(target: str) -> list[str]:
+        folder, name = os.path.split(target)
+        if not os.path.isdir(folder):
+            return []
+        return [e.path for e in os.scandir(folder) if e.name.endswith(".part") and e.name.rsplit(".", 2)[0] == name]
+
+    @staticmethod
+    def _open(target: str, size: int) -> int | None:
+        """Descriptor of a complete copy, marked as just used; a copy of another size is ignored (and soon replaced)."""
+        try:
+            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != size:
+            os.close(descriptor)
+            return None
+        with suppress(OSError):
+            os.utime(target)  # not atime: most mounts update it once a day at most
+        return descriptor
+
+    def _reserve(self, target: str, size: int) -> str | None:
+        """Path of a new ``.part`` file of ``size`` bytes, after evicting as many old shards as that takes."""
+        with self._lock("evict"):
+            found = []
+            for entry in self._entries():
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    found.append((status.st_mtime_ns, status.st_size, entry.path))
+            shards = sorted(f for f in found if not f[2].endswith(".part"))
+            excess = sum(f[1] for f in found) + size - self.capacity
+            if excess > sum(f[1] for f in shards):
+                return None
+            for _, length, path in shards:
+                if excess <= 0:
+                    break
+                _unlink(path)
+                excess -= length
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            part = f"{target}.{os.getpid()}-{next(_serial)}.part"
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                _allocate(descriptor, size)
+            except OSError as error:
+                _unlink(part)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise OutOfSpace(
+                        f"{self.root}: no space left for a shard of {size} bytes; free space, or lower or move the cache"
+                    ) from error
+                raise
+            finally:
+                os.close(descriptor)
+            return part
+
+    def _download(self, source: Source, path: str, size: int, part: str) -> int:
+        """Fill ``part`` from the store; returns the CRC-32 of the bytes."""
+        checksum = 0
+        with open(part, "r+b") as file:
+            for first in range(0, size, BLOCK * PARALLEL):
+                last = min(first + BLOCK * PARALLEL, size)
+                blocks = source.read_ranges([(path, a, min(a + BLOCK, last)) for a in range(first, last, BLOCK)])
+                for block in blocks:
+                    checksum = crc32(block, checksum)
+                    file.write(block)
+        return checksum
+
+    @contextmanager
+    def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of ``name`` (among threads too: each ``open`` has its own); yields whether it is held."""
+        stripe = name if name == "evict" else f"{crc32(os.path.relpath(name, self.root).encode()) % _STRIPES:02d}"
+        with open(os.path.join(self.root, "locks", stripe), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True  # closing the file releases the lock
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve the blocks now, so that a full disk shows before the download and not in its middle."""
+    try:
+        os.posix_fallocate(descriptor, 0, max(size, 1))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    os.ftruncate(descriptor, size)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,264 @@
+"""The cache is bounded, verified, atomic, and safe among threads and processes, also when they are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datamodules.format import DataError
+from datamodules.format.crc import crc32
+from datamodules.store import OutOfSpace
+from datamodules.stream import cache as cache_module
+from datamodules.stream.cache import ShardCache, default_root
+
+SIZE = 50_000
+
+
+def content(name: str, size: int = SIZE) -> bytes:
+    return np.random.default_rng(crc32(name.encode())).bytes(size)
+
+
+class Source:
+    """A store of generated objects that counts, and can corrupt or delay, what it serves."""
+
+    url = "fake://bucket/data"
+
+    def __init__(self, corrupt: int = 0, delay: float = 0.0, size: int = SIZE) -> None:
+        self.corrupt, self.delay, self.size = corrupt, delay, size
+        self.downloads: list[str] = []
+
+    def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+        time.sleep(self.delay)
+        out = []
+        for path, start, stop in requests:
+            data = bytearray(content(path, self.size)[start:stop])
+            if start == 0:
+                self.downloads.append(path)
+                if self.corrupt:
+                    self.corrupt -= 1
+                    data[7] ^= 1
+            out.append(bytes(data))
+        return out
+
+
+def fetch(cache: ShardCache, source: Source, name: str) -> bytes | None:
+    descriptor, _ = cache.open(source, "f" * 64, name, source.size, crc32(content(name, source.size)))
+    if descriptor is None:
+        return None
+    try:
+        return os.pread(descriptor, source.size + 1, 0)
+    finally:
+        os.close(descriptor)
+
+
+def files(root: Path) -> list[str]:
+    return sorted(p.name for p in root.rglob("*") if p.is_file() and p.parent.name != "locks")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "BLOCK", 4096)
+
+
+def test_a_shard_is_downloaded_once_and_survives_the_object(tmp_path: Path, small_blocks: None) -> None:
+    source, cache = Source(), ShardCache(str(tmp_path), 10 * SIZE)
+    for _ in range(3):
+        assert fetch(cache, source, "a/c/0") == content("a/c/0")
+    assert fetch(ShardCache(str(tmp_path), 10 * SIZE), source, "a/c/0") == content("a/c/0")
+    assert source.downloads == ["a/c/0"]
+    assert files(tmp_path) == ["a%2Fc%2F0"]
+    descriptor, fetched = cache.open(source, "f" * 64, "b", SIZE, crc32(content("b")))
+    assert fetched == SIZE and descriptor is not None
+    os.close(descriptor)
+
+
+def test_data_sets_do_not_share_entries(tmp_path: Path) -> None:
+    source, cache = Source(), ShardCache(str(tmp_path), 10 * SIZE)
+    for fingerprint in ("1" * 64, "2" * 64):
+        descriptor, fetched = cache.open(source, fingerprint, "a", SIZE, crc32(content("a")))
+        assert fetched == SIZE and descriptor is not None
+        os.close(descriptor)
+
+
+def test_bounded_in_bytes_and_least_recently_used_leaves(tmp_path: Path) -> None:
+    source, cache = Source(), ShardCache(str(tmp_path), 3 * SIZE)
+    for name in "abc":
+        fetch(cache, source, name)
+        time.sleep(0.01)  # distinct times of use
+    fetch(cache, source, "a")  # now b is the oldest
+    fetch(cache, source, "d")
+    assert files(tmp_path) == ["a", "c", "d"]
+    assert cache.used() == 3 * SIZE
+    for name in "efgh":
+        fetch(cache, source, name)
+        assert cache.used() <= 3 * SIZE
+
+
+def test_a_shard_larger_than_the_cache_is_not_cached(tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path), SIZE)
+    fetch(cache, Source(), "a")
+    big = Source(size=2 * SIZE)
+    assert fetch(cache, big, "b") is None
+    assert big.downloads == [] and files(tmp_path) == ["a"]  # and nothing was thrown out for it
+
+
+def test_an_evicted_shard_stays_readable_for_who_has_it_open(tmp_path: Path) -> None:
+    source, cache = Source(), ShardCache(str(tmp_path), SIZE)
+    descriptor, _ = cache.open(source, "f" * 64, "a", SIZE, crc32(content("a")))
+    assert descriptor is not None
+    fetch(cache, source, "b")
+    assert files(tmp_path) == ["b"]
+    assert os.pread(descriptor, SIZE, 0) == content("a")
+    os.close(descriptor)
+
+
+def test_one_bad_download_is_repeated_and_two_name_the_shard(tmp_path: Path) -> None:
+    cache = ShardCache(str(tmp_path), 10 * SIZE)
+    source = Source(corrupt=1)
+    assert fetch(cache, source, "a") == content("a")
+    assert len(source.downloads) == 2
+    with pytest.raises(DataError, match=r"fake://bucket/data/b: corrupt"):
+        fetch(cache, Source(corrupt=2), "b")
+    assert files(tmp_path) == ["a"]
+
+
+def test_truncated_copy_is_fetched_again_and_dropped_copy_too(tmp_path: Path) -> None:
+    source, cache = Source(), ShardCache(str(tmp_path), 10 * SIZE)
+    fetch(cache, source, "a")
+    os.truncate(next(p for p in tmp_path.rglob("a") if p.is_file()), SIZE // 2)
+    assert fetch(cache, source, "a") == content("a")
+    cache.drop("f" * 64, "a")
+    assert files(tmp_path) == []
+    assert fetch(cache, source, "a") == content("a")
+    assert len(source.downloads) == 3
+
+
+def test_a_failing_store_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(Source):
+        def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+            raise ConnectionError("gone")
+
+    cache = ShardCache(str(tmp_path), 10 * SIZE)
+    with pytest.raises(ConnectionError):
+        fetch(cache, Broken(), "a")
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "_allocate", full)
+    with pytest.raises(OutOfSpace, match=f"{tmp_path}.*no space left"):
+        fetch(ShardCache(str(tmp_path), 10 * SIZE), Source(), "a")
+    assert files(tmp_path) == []
+
+
+def test_threads_download_a_shard_once(tmp_path: Path) -> None:
+    source, cache = Source(delay=0.02), ShardCache(str(tmp_path), 10 * SIZE)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: fetch(cache, source, f"s{i % 2}"), range(16)))
+    assert results == [content(f"s{i % 2}") for i in range(16)]
+    assert sorted(source.downloads) == ["s0", "s1"]
+
+
+def _use(root: str, seed: int, results: multiprocessing.SimpleQueue) -> None:
+    cache, source, bad = ShardCache(root, 4 * SIZE), Source(delay=0.001), 0
+    for i in np.random.default_rng(seed).integers(0, 8, 60):
+        data = fetch(cache, source, f"s{i}")
+        bad += data is not None and data != content(f"s{i}")
+    results.put((bad, len(source.downloads)))
+
+
+def test_processes_share_a_cache_that_is_too_small(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_use, args=(str(tmp_path), seed, results)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    seen, watcher = [], ShardCache(str(tmp_path), 4 * SIZE)
+    while any(worker.is_alive() for worker in workers):
+        seen.append(watcher.used())
+        time.sleep(0.005)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    outcome = [results.get() for _ in workers]
+    assert [bad for bad, _ in outcome] == [0, 0, 0]
+    assert 0 < max(seen) <= 4 * SIZE
+    assert [name for name in files(tmp_path) if name.endswith(".part")] == []
+
+
+class Stuck(Source):
+    """Serves the first blocks and then hangs, so that the process can be killed in the middle of a download."""
+
+    def __init__(self, reached: str) -> None:
+        super().__init__()
+        self.reached = reached
+
+    def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+        if requests[0][1] > 0:
+            Path(self.reached).touch()
+            time.sleep(60)
+        return super().read_ranges(requests)
+
+
+def _download(root: str, reached: str) -> None:
+    fetch(ShardCache(root, 10 * SIZE), Stuck(reached), "a")
+
+
+@pytest.fixture
+def killed(tmp_path: Path, small_blocks: None) -> Iterator[Path]:
+    """A cache whose only user was killed with SIGKILL in the middle of a download."""
+    root, reached = tmp_path / "cache", tmp_path / "reached"
+    process = multiprocessing.get_context("fork").Process(target=_download, args=(str(root), str(reached)))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not reached.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # While the writer lives, its file is neither used nor removed.
+    ShardCache(str(root), 10 * SIZE)
+    assert len(files(root)) == 1 and files(root)[0].endswith(".part")
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    yield root
+
+
+def test_kill_in_a_download_leaves_a_part_that_is_swept(killed: Path) -> None:
+    assert [name.endswith(".part") for name in files(killed)] == [True]
+    ShardCache(str(killed), 10 * SIZE)
+    assert files(killed) == []
+
+
+def test_kill_in_a_download_is_repaired_by_a_running_process(killed: Path) -> None:
+    cache = ShardCache.__new__(ShardCache)  # as one that was made before the kill: without the sweep
+    cache.root, cache.capacity = str(killed), 10 * SIZE
+    assert fetch(cache, Source(), "a") == content("a")
+    assert files(killed) == ["a"]
+
+
+def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path))
+    assert default_root() == str(tmp_path)
+    monkeypatch.delenv("KEEL_CACHE")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert default_root() == "/home/someone/.cache/keel"
+    with pytest.raises(ValueError, match="capacity=0"):
+        ShardCache(str(tmp_path), 0)
+
+
+def test_no_thread_is_left(tmp_path: Path) -> None:
+    before = threading.active_count()
+    fetch(ShardCache(str(tmp_path), 10 * SIZE), Source(), "a")
+    assert threading.active_count() == before

@@ -1,0 +1,208 @@
+"""Batches: the right bytes, few requests, and faults that are repaired or named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.format import DataError, Dataset, Piece
+from datamodules.store import Store
+from datamodules.stream.cache import ShardCache
+from datamodules.stream.fetch import MAX_BLOCK, Metrics, Reader, coalesce
+from datamodules.stream.order import Order
+from datamodules.stream.stream import Share, Stream
+from datamodules.stream.windows import FieldWindows, TokenWindows, Windows
+
+from .samples import field_values, fields_reader, token_values, write_fields, write_text
+
+
+def shard_file(url: str, k: int = 0) -> Path:
+    return Path(url) / Dataset.open(url).main.shard_path(k)
+
+
+def test_field_windows_hold_the_frames_they_name(tmp_path: Path) -> None:
+    write_fields(str(tmp_path))
+    reader, values = fields_reader(str(tmp_path)), field_values(10, 7)
+    assert reader.windows.samples == 8 * 3  # starts 0, 2, 4 of 7 frames
+    ids = np.array([5, 0, 23, 5, 8])
+    batch = reader.batch(ids)
+    assert batch["index"].dtype == torch.int64 and batch["index"].tolist() == ids.tolist()
+    assert batch["fields"].dtype == torch.float32 and batch["fields"].shape == (5, 3, 2, 4, 4)
+    expected = np.stack([values[i // 3, 2 * (i % 3) : 2 * (i % 3) + 3] for i in ids.tolist()])
+    assert np.array_equal(batch["fields"].numpy(), expected)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 300, 1024, 3000])
+def test_token_windows_across_chunks_and_shards(tmp_path: Path, length: int) -> None:
+    write_text(str(tmp_path))
+    dataset, tokens = Dataset.open(str(tmp_path)), token_values(5000)
+    windows = TokenWindows(dataset.main, 100, 4100, length)
+    reader = Reader(dataset, windows, None, Metrics())
+    assert windows.samples == 3999 // length
+    ids = np.unique(np.linspace(0, windows.samples - 1, 9).astype(int))[::-1]
+    batch = reader.batch(ids)
+    assert batch["tokens"].dtype == torch.int64
+    expected = np.stack([tokens[100 + i * length : 100 + i * length + length + 1] for i in ids.tolist()])
+    assert np.array_equal(batch["tokens"].numpy(), expected)
+
+
+def test_windows_refuse_what_cannot_be(tmp_path: Path) -> None:
+    write_fields(str(tmp_path / "f"))
+    write_text(str(tmp_path / "t"))
+    fields, text = Dataset.open(str(tmp_path / "f")).main, Dataset.open(str(tmp_path / "t")).main
+    with pytest.raises(DataError, match="8 frames is longer than the trajectories of 7"):
+        FieldWindows(fields, 0, 4, frames=8)
+    with pytest.raises(DataError, match=r"\[4, 4\) holds no trajectory"):
+        FieldWindows(fields, 4, 4, frames=2)
+    with pytest.raises(DataError, match="fewer than 101 tokens"):
+        TokenWindows(text, 0, 100, length=100)
+    assert TokenWindows(text, 0, 101, length=100).samples == 1
+
+
+def test_one_request_to_the_store_per_batch(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(memory)
+    reader = fields_reader(memory)
+    calls: list[Any] = []
+    original = Store.read_ranges
+
+    def counted(self: Store, requests: Any) -> list[bytes]:
+        calls.append(requests)
+        return original(self, requests)
+
+    monkeypatch.setattr(Store, "read_ranges", counted)
+    batch = reader.batch(np.arange(24))
+    assert np.array_equal(batch["fields"][:, 0].numpy(), field_values(10, 7)[:8, [0, 2, 4]].reshape(24, 2, 4, 4))
+    assert len(calls) == 1
+    assert len(calls[0]) == 3  # the windows of a shard overlap: one range each
+    assert reader.metrics.fetched == 8 * 7 * (2 * 4 * 4 * 4 + 4)  # each frame of the split once, with its checksum
+    assert reader.metrics.used == batch["fields"].nbytes
+
+
+def piece(path: str, start: int, stop: int) -> tuple[Piece, int]:
+    return Piece(path, start, stop, 1, 0, 1, 0), start
+
+
+def test_coalesce_merges_neighbours_of_one_object() -> None:
+    blocks = coalesce([piece("b", 0, 10), piece("a", 30, 40), piece("a", 0, 10), piece("a", 10, 20)], gap=0)
+    assert [block[:3] for block in blocks] == [("a", 0, 20), ("a", 30, 40), ("b", 0, 10)]
+    assert [len(block.members) for block in blocks] == [2, 1, 1]
+    assert [b[:3] for b in coalesce([piece("a", 0, 10), piece("a", 18, 20)], gap=8)] == [("a", 0, 20)]
+    assert len(coalesce([piece("a", 0, MAX_BLOCK), piece("a", MAX_BLOCK, MAX_BLOCK + 1)], gap=0)) == 2
+    assert [b[:3] for b in coalesce([piece("a", 0, 9), piece("a", 2, 5)], gap=0)] == [("a", 0, 9)]
+    assert coalesce([], gap=0) == []
+
+
+def test_windows_protocol(tmp_path: Path) -> None:
+    write_fields(str(tmp_path / "f"))
+    write_text(str(tmp_path / "t"), tokens=5000, per_shard=1024)
+    fields, text = Dataset.open(str(tmp_path / "f")), Dataset.open(str(tmp_path / "t"))
+    cases: list[tuple[Windows, int]] = [
+        (FieldWindows(fields.main, 0, 8, 3, 2), 9),  # 3 trajectories of 3 windows in a shard
+        (TokenWindows(text.main, 0, 4000, 100), 10),
+        (TokenWindows(text.main, 0, 4000, 3000), 1),
+    ]
+    for windows, group in cases:
+        assert windows.group == group
+        Order(windows.samples, windows.group, 4, 0)
+
+
+def first_batch(reader: Reader) -> dict[str, torch.Tensor]:
+    stream = Stream(reader, Order(reader.windows.samples, reader.windows.group, 2, 0, shuffle=False), Share(4))
+    try:
+        return next(iter(stream))
+    finally:
+        stream.close()
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+        return
+    if how == "truncated":
+        data = data[:100]
+    else:
+        data[5] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("how", ["corrupt", "truncated", "missing"])
+def test_a_damaged_local_shard_is_named(tmp_path: Path, how: str) -> None:
+    write_fields(str(tmp_path))
+    damage(shard_file(str(tmp_path)), how)
+    with pytest.raises(DataError, match=r"fields/c/0/0/0/0/0") as caught:
+        first_batch(fields_reader(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_remote_shard_is_read_twice_then_named(memory: str, tmp_path: Path) -> None:
+    write_fields(memory)
+    path = Dataset.open(memory).main.shard_path(0)
+    data = bytearray(Store(memory).read(path))
+    data[5] ^= 4
+    Store(memory).write(path, bytes(data))
+    for cache in (None, ShardCache(str(tmp_path), 1 << 20)):
+        reader = fields_reader(memory, cache)
+        with pytest.raises(DataError, match=r"fields/c/0/0/0/0/0.*corrupt"):
+            first_batch(reader)
+
+
+def test_one_bad_answer_is_read_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(memory)
+    reader, faults = fields_reader(memory), [1]
+    original = Store.read_ranges
+
+    def flaky(self: Store, requests: Any) -> list[bytes]:
+        found = original(self, requests)
+        if faults.pop() if faults else False:
+            found[0] = found[0][:-1] + bytes([found[0][-1] ^ 1])
+        return found
+
+    monkeypatch.setattr(Store, "read_ranges", flaky)
+    batch = reader.batch(np.arange(4))
+    assert np.array_equal(batch["fields"][0].numpy(), field_values(10, 7)[0, :3])
+    assert faults == []
+
+
+def test_a_cached_copy_that_rots_is_fetched_again(memory: str, tmp_path: Path) -> None:
+    write_fields(memory)
+    expected = fields_reader(memory).batch(np.arange(24))["fields"]
+    cache = ShardCache(str(tmp_path), 1 << 20)
+    reader = fields_reader(memory, cache)
+    assert torch.equal(reader.batch(np.arange(24))["fields"], expected)
+    assert reader.metrics.misses == 3
+    copies = [p for p in tmp_path.rglob("fields*") if p.is_file()]
+    assert len(copies) == 3
+    damage(copies[0], "corrupt")
+    before = reader.metrics.misses
+    reader = fields_reader(memory, cache)
+    assert torch.equal(reader.batch(np.arange(24))["fields"], expected)
+    assert (reader.metrics.misses, before) == (1, 3)
+
+
+def test_a_cache_with_no_room_reads_ranges(memory: str, tmp_path: Path) -> None:
+    write_fields(memory)
+    reader = fields_reader(memory, ShardCache(str(tmp_path), 10))
+    assert torch.equal(reader.batch(np.arange(24))["fields"], fields_reader(memory).batch(np.arange(24))["fields"])
+    assert reader.metrics.misses == 0 and reader.metrics.fetched > 0
+
+
+def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path) -> None:
+    write_fields(memory)
+    reader = fields_reader(memory, ShardCache(str(tmp_path), 1 << 20))
+    stream = Stream(reader, Order(24, reader.windows.group, 2, 1), Share(8, 4), read_ahead=0)
+    batches = iter(stream)
+    first = [next(batches) for _ in range(6)]
+    fetched, objects = reader.metrics.fetched, Dataset.open(memory).objects
+    assert fetched == sum(
+        info.size for path, info in objects.items() if "/c/" in path and not path.endswith("c/3/0/0/0/0")
+    )
+    second = [next(batches) for _ in range(6)]
+    assert reader.metrics.fetched == fetched
+    assert sorted(torch.cat([b["index"] for b in first]).tolist()) == sorted(
+        torch.cat([b["index"] for b in second]).tolist()
+    )
