@@ -1,0 +1,66 @@
+"""Builds the parts of a run from its config: task, data module, optimiser. Everything here is deterministic in the config."""
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from datamodules import registry as data_registry
+from modules import registry as model_registry
+from modules.tasks.base import Task
+from trainer import optim, parametrization
+from trainer.config import ConfigError
+from trainer.optim import schedule
+from trainer.parametrization.rule import Rule
+from trainer.schema import RunConfig
+
+
+def build(config: RunConfig) -> tuple[Task, Any]:
+    """(task, data module) of a config, unsharded, with the data set's shapes checked; deterministic in the seed.
+
+    Raises:
+        ConfigError: a network that does not fit the data.
+        DataError, StoreError: a data set that cannot be read.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    _, network_class = model_registry.lookup("model", config.model.name)
+    _, task_class = model_registry.lookup("task", config.task.name)
+    _, data_class = data_registry.lookup("data", config.data.name)
+    try:
+        task = task_class(network_class(config.model), config.task)
+        data = data_class(
+            config.data,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            seed=config.seed,
+            overrides=task.training_window(),
+        )
+        task.bind(data.spec())
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ConfigError(str(error)) from error
+    return task, data
+
+
+def accumulation(config: RunConfig) -> int:
+    """Micro-batches per optimiser step and rank."""
+    local = config.train.global_batch // config.resources.world_size
+    return local // config.train.micro_batch if config.train.micro_batch else 1
+
+
+def accelerator_name(name: str) -> str:
+    """`cpu` or `cuda`. Raises ConfigError when CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("resources.accelerator=cuda: torch sees no CUDA device here; use cpu or auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def optimizer_and_scheduler(config: RunConfig, network: nn.Module, rules: dict[str, Rule]) -> tuple[Any, Any]:
+    """The optimiser over a network, sharded or not, by rules made before sharding; and its schedule."""
+    parameters = dict(network.named_parameters())
+    groups = parametrization.groups(parameters, rules, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    optimizer = optim.lookup(config.optim.name)[1](config.optim, groups)
+    return optimizer, schedule.build(optimizer, max_steps=config.train.max_steps, **dataclasses.asdict(config.schedule))

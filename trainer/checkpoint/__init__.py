@@ -1,0 +1,22 @@
+"""Checkpoints: sharded by `torch.distributed.checkpoint`, in one safe format, committed by a marker written last.
+
+`step-00000100/` holds `rank-00000-000.bin` ... (raw little-endian tensor bytes), `state.pt` (small state, readable with
+`weights_only`), `manifest.json` (every tensor: dtype, shape, and where each chunk lies, with its crc32c; config, code
+version, stream state) and, last of all, `COMMITTED` (the manifest's SHA-256). Nothing is trusted without that marker,
+and nothing is ever unpickled.
+"""
+
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from trainer.checkpoint.manifest import committed_steps, latest, read_manifest, step_name, verify
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "CorruptCheckpoint",
+    "committed_steps",
+    "latest",
+    "read_manifest",
+    "step_name",
+    "verify",
+]

@@ -1,0 +1,106 @@
+"""Which checkpoints of a run are whole: naming, discovery and verification. Reads only; needs no process group."""
+
+import hashlib
+import json
+import logging
+import re
+from typing import Any
+
+import google_crc32c
+
+from datamodules.store import NotFound, Store
+from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
+
+FORMAT_VERSION = 1
+MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "state.pt"
+_STEP = re.compile(r"^step-(\d{8,})$")
+
+log = logging.getLogger("keel.checkpoint")
+
+
+def step_name(step: int) -> str:
+    """Folder of a step, such as `step-00000100`; sorts by step."""
+    return f"step-{step:08d}"
+
+
+def committed_steps(store: Store) -> list[int]:
+    """Steps with a marker, ascending, under the `checkpoints/` store of a run. Existence only; see `verify`."""
+    steps = set()
+    for path in store.list(""):
+        folder, _, file = path.partition("/")
+        match = _STEP.match(folder)
+        if match and file == MARKER:
+            steps.add(int(match.group(1)))
+    return sorted(steps)
+
+
+def read_manifest(store: Store, step: int) -> dict[str, Any]:
+    """The manifest of a committed step, checked against its marker.
+
+    Raises:
+        CheckpointError: not committed, or the manifest is not the one that was committed.
+    """
+    folder = store.sub(step_name(step))
+    try:
+        marker = json.loads(folder.read(MARKER))
+        raw = folder.read(MANIFEST)
+        digest = marker["manifest_sha256"]
+    except NotFound as error:
+        raise CheckpointError(f"checkpoint {folder.url} is not committed: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(
+            f"checkpoint {folder.url}: {MARKER} is not readable; the checkpoint is damaged"
+        ) from error
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise CorruptCheckpoint(f"checkpoint {folder.url}: {MANIFEST} differs from the committed one; it is damaged")
+    manifest = json.loads(raw)
+    if manifest["format"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {folder.url} has format {manifest['format']}, this Keel reads up to {FORMAT_VERSION}: update Keel"
+        )
+    return manifest
+
+
+def verify(store: Store, step: int, *, deep: bool = True) -> list[str]:
+    """What is wrong with a step, one line each; empty when it is whole.
+
+    Args:
+        store: the `checkpoints/` store of a run.
+        step: the step to check.
+        deep: also read every file and compare its crc32c; otherwise existence and size only.
+    """
+    try:
+        manifest = read_manifest(store, step)
+    except CheckpointError as error:
+        return [str(error)]
+    folder = store.sub(step_name(step))
+    problems = []
+    for file in manifest["files"]:
+        path = folder.join(file["path"])
+        try:
+            size = folder.size(file["path"])
+        except NotFound:
+            problems.append(f"{path} is missing")
+            continue
+        if size != file["size"]:
+            problems.append(f"{path} has {size} bytes instead of {file['size']}")
+        elif deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
+            problems.append(f"{path} is corrupt (crc32c differs)")
+    return problems
+
+
+def latest(store: Store, *, before: int | None = None) -> int | None:
+    """The newest committed step whose files are there with their sizes; bad ones are passed over with a warning.
+
+    Args:
+        store: the `checkpoints/` store of a run.
+        before: only steps below this one.
+    """
+    for step in reversed(committed_steps(store)):
+        if before is not None and step >= before:
+            continue
+        problems = verify(store, step, deep=False)
+        if not problems:
+            return step
+        log.warning("checkpoint %s passed over: %s", step_name(step), "; ".join(problems[:3]))
+    return None

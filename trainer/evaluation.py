@@ -1,0 +1,73 @@
+"""Evaluation of a committed checkpoint on held-out data."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.store import Store
+from trainer import config as configs
+from trainer.build import accelerator_name, build
+from trainer.checkpoint import CheckpointError, latest
+from trainer.checkpoint.checkpointer import load_module
+from trainer.config import ConfigError
+from trainer.quiet import quiet
+
+
+def evaluate(
+    url: str, *, split: str = "test", limit: int | None = None, batch: int = 8, step: int | None = None
+) -> dict[str, Any]:
+    """Evaluates a committed checkpoint of a run in this process and writes `evaluation.json` and `evaluation.npz`.
+
+    Args:
+        url: of the run.
+        split: of its data set.
+        limit: at most this many samples (None: all).
+        batch: samples at once.
+        step: which checkpoint (None: the last whole one).
+
+    Returns:
+        {"step", "split", "samples", "metrics": {name: value}}.
+
+    Raises:
+        CheckpointError: nothing committed to evaluate.
+    """
+    quiet()
+    store = Store(configs.absolute_url(url))
+    config = configs.load(store.join("config.yaml"))
+    task, data = build(config)
+    checkpoints = store.sub("checkpoints")
+    step = latest(checkpoints) if step is None else step
+    if step is None:
+        raise CheckpointError(f"{url} has no committed checkpoint to evaluate; train it first")
+    load_module(checkpoints, step, task)
+    device = torch.device(accelerator_name(config.resources.accelerator))
+    task.to(device).eval()
+    sums: dict[str, list[torch.Tensor]] = {}
+    samples, example = 0, None
+    with torch.inference_mode():
+        for item in data.evaluation_loader(split, task.evaluation_window(), batch=batch, limit=limit or 0):
+            item = {key: value.to(device) for key, value in item.items()}
+            if example is None:
+                example = task.evaluation_example(item)
+            for name, (total, count) in task.evaluation_step(item).items():
+                entry = sums.setdefault(
+                    name, [torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+                )
+                entry[0] += torch.as_tensor(total, dtype=torch.float64).cpu()
+                entry[1] += count
+            samples += len(item["index"])
+    if not samples:
+        raise ConfigError(f"split '{split}' of {config.data.url} gives no sample to evaluate")
+    result = {
+        "step": step,
+        "split": split,
+        "samples": samples,
+        "metrics": {name: float(total / count) for name, (total, count) in sums.items()},
+    }
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{name: tensor.cpu().numpy() for name, tensor in (example or {}).items()})  # type: ignore[arg-type]
+    store.write("evaluation.npz", packed.getvalue())
+    store.write_json("evaluation.json", result)
+    return result

@@ -1,0 +1,58 @@
+"""Starting and continuing: what must be true of a run's URL before its workers start."""
+
+from datamodules.store import NotFound, Store
+from trainer import config as configs
+from trainer.config import ConfigError
+from trainer.schema import RunConfig
+
+# What may change between the attempts of one run without changing what it computes (but for reduction order).
+RESUMABLE = (
+    "resources",
+    "log",
+    "checkpoint",
+    "diagnostics",
+    "strategy",
+    "train.max_steps",
+    "train.micro_batch",
+    "train.val_every",
+)
+
+
+def prepare_new(config: RunConfig) -> None:
+    """Puts the config of a new run at its URL.
+
+    Raises:
+        ConfigError: the URL already holds a run.
+    """
+    store = Store(config.url)
+    if not store.create("config.yaml", configs.to_yaml(config).encode()):
+        raise ConfigError(
+            f"a run exists at {config.url}: continue it with `keel resume {config.url}`, or set another url=..."
+        )
+
+
+def prepare_resume(url: str, overrides: list[str]) -> RunConfig:
+    """The config of a run to be continued; allowed overrides are stored back for the workers.
+
+    Raises:
+        ConfigError: no run there, or an override that would change what the run computes.
+    """
+    store = Store(configs.absolute_url(url))
+    try:
+        raw = configs.read_yaml(store.join("config.yaml"))
+    except (ConfigError, NotFound) as error:
+        raise ConfigError(f"no run at {url}: config.yaml is missing there") from error
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in RESUMABLE):
+            raise ConfigError(
+                f"{key} cannot change on resume, it would make another run (allowed: {', '.join(RESUMABLE)}); "
+                "start a new run with its own url instead"
+            )
+        section, _, field = key.partition(".")
+        if field == "name" and isinstance(raw.get(section), dict):
+            raw[section] = {}  # the settings of one variant mean nothing to another
+    config = configs.load(raw, overrides)
+    if overrides:
+        store.write("config.yaml", configs.to_yaml(config).encode())
+    return config

@@ -1,0 +1,15 @@
+"""Optimisers: one line per method, one file for each that `torch.optim` lacks."""
+
+from typing import Any
+
+from trainer import registry
+
+OPTIMIZERS = {
+    "adamw": "trainer.optim.torch_optim:AdamW",
+    "sgd": "trainer.optim.torch_optim:SGD",
+}
+
+
+def lookup(name: str) -> tuple[type, Any]:
+    """Config dataclass and builder (`builder(config, param_groups) -> Optimizer`) of an optimiser."""
+    return registry.lookup(OPTIMIZERS, name)

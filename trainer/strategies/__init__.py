@@ -1,0 +1,19 @@
+"""Strategies: how one model lies on many processes; one file each, the same code on CPU/gloo and CUDA/nccl.
+
+A strategy is a `lightning` strategy that saves and loads through `trainer.checkpoint`, plus `prepare(network)`, which
+the task calls once to make a network distributed.
+"""
+
+from typing import Any
+
+from trainer import registry
+
+STRATEGIES = {
+    "ddp": "trainer.strategies.ddp:DDP",
+    "fsdp": "trainer.strategies.fsdp:FSDP",
+}
+
+
+def lookup(name: str) -> tuple[type, Any]:
+    """Config dataclass and class of a strategy (`cls(config, checkpointer) -> lightning Strategy`)."""
+    return registry.lookup(STRATEGIES, name)

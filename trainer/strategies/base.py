@@ -1,0 +1,122 @@
+"""What Keel's strategies share: saving and loading through `trainer.checkpoint` instead of Lightning's own files."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
+
+from trainer.checkpoint import Checkpointer, CorruptCheckpoint, step_name
+
+log = logging.getLogger("keel.checkpoint")
+
+
+class Checkpointed(ParallelStrategy):
+    """Mixin placed before a Lightning strategy.
+
+    `trainer.save_checkpoint(url)` commits the current step through the checkpointer; `trainer.fit(ckpt_path=url)` loads
+    the step that the last part of `url` names, into any world size and strategy.
+    """
+
+    checkpointer: Checkpointer
+    on_loaded: Callable[[int], None] = staticmethod(lambda step: None)  # told which step was really loaded
+
+    def prepare(self, network: nn.Module) -> None:
+        """Makes `network` distributed in place; called once, on the unsharded network."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # saved sharded, in save_checkpoint
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Done in place by `load_checkpoint`."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Done in place by `load_checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Commits `checkpoint["global_step"]`; a step that is committed already is left as it is. All ranks call it."""
+        assert self.lightning_module is not None
+        checkpoint["loops"] = {"fit_loop": _without_loader_state(checkpoint["loops"]["fit_loop"])}
+        del checkpoint["state_dict"]
+        checkpoint.pop("optimizer_states", None)
+        trainer = self.lightning_module.trainer
+        datamodule = getattr(trainer, "datamodule", None)
+        stream = checkpoint.get(type(datamodule).__qualname__) if datamodule is not None else None
+        self.checkpointer.save(
+            checkpoint["global_step"],
+            self.lightning_module,
+            self.optimizers,
+            checkpoint,
+            device=self.root_device,
+            stream=stream,
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        step = int(str(checkpoint_path).rstrip("/").rpartition("-")[2])
+        while True:
+            try:
+                extra = self.checkpointer.load(step, self.lightning_module, self.optimizers, device=self.root_device)
+                break
+            except CorruptCheckpoint as error:  # on all ranks alike
+                previous = self.checkpointer.latest(before=step)
+                if previous is None:
+                    raise
+                log.warning("%s; falling back to %s", error, step_name(previous))
+                step = previous
+        self.on_loaded(step)
+        _fit_counters(extra["loops"]["fit_loop"], step, self.lightning_module.trainer.accumulate_grad_batches)
+        return {**extra, "state_dict": {}, "optimizer_states": []}
+
+
+def init_process_group(accelerator: str) -> None:
+    """Joins the process group that the launcher's environment names; a lone process needs no address.
+
+    CPU collectives (checkpoint plans, host decisions) go over gloo, also next to NCCL.
+    """
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    if accelerator == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+
+
+def _without_loader_state(fit_loop: dict[str, Any]) -> dict[str, Any]:
+    # The stream's state is saved once, by the data module; the loader has usually fetched further than was trained.
+    state = dict(fit_loop.get("state_dict", {}))
+    state.pop("combined_loader", None)
+    return {**fit_loop, "state_dict": state}
+
+
+def _fit_counters(fit_loop: dict[str, Any], step: int, accumulate: int) -> None:
+    """Sets the loop counters to `step` optimiser steps of `accumulate` micro-batches, all of them complete.
+
+    The save happens in `on_train_batch_end`, before Lightning counts that batch as completed, and another world size
+    cuts a step into another number of micro-batches.
+    """
+    batches = step * accumulate
+    progress = fit_loop["epoch_loop.batch_progress"]
+    for scope in ("total", "current"):
+        for count in ("ready", "started", "processed", "completed"):
+            progress[scope][count] = batches
+    progress["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
