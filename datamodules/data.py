@@ -39,6 +39,15 @@ class StreamConfig:
         threads: threads that read ahead; 0 for 1 on local data (decoding holds the interpreter anyway) and 4 on remote.
     """
 
+    not_hashed: ClassVar[tuple[str, ...]] = (
+        "val_samples",
+        "cache",
+        "cache_bytes",
+        "read_ahead",
+        "read_ahead_bytes",
+        "threads",
+    )
+
     url: str = MISSING
     train: str = "train"
     validation: str = "validation"

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.format import DataError, Writer
 from datamodules.registry import lookup
 from datamodules.simulators.base import Generator
-from datamodules.store import Store
+from datamodules.store import NotFound, Store, StoreError
 
 Progress = Callable[[int, int], None]
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -70,11 +70,15 @@ def _structured(config_class: type, given: dict[str, Any], where: str) -> Any:
 
 
 def load(path: str, overrides: list[str] | None = None) -> MakeConfig:
-    """A config from a YAML file with dotted overrides such as `generator.train=64`; ValueError names what is wrong."""
+    """A config from a YAML file (path or URL) with overrides such as `generator.train=64`; ValueError names what is wrong."""
+    folder, _, name = path.rpartition("/")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; give the path of a YAML file") from error
+        text = Store(folder or ".").read(name).decode()
+        tree = OmegaConf.merge(OmegaConf.create(text), OmegaConf.from_dotlist(overrides or []))
+    except NotFound as error:
+        raise ValueError(f"{path}: no such file; give the path or URL of a YAML file") from error
+    except StoreError:
+        raise
     except Exception as error:
         raise ValueError(f"{path}: not a valid config ({' '.join(str(error).split())})") from error
     given = OmegaConf.to_container(tree, resolve=True)

@@ -23,8 +23,9 @@ from modules import registry as model_registry
 from trainer import optim, parametrization, strategies
 from trainer.schema import RunConfig
 
-# What does not change the numbers of a run, and therefore not its hash.
-_NOT_HASHED = ("name", "url", "resources", "log")
+# What may change between attempts of one run without making it another (but for the order of sums).
+_NOT_HASHED = ("name", "url", "resources", "log", "checkpoint", "diagnostics", "strategy")
+_NOT_HASHED_OF_TRAIN = ("micro_batch", "val_every")
 
 
 class ConfigError(ValueError):
@@ -151,8 +152,14 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def config_hash(config: RunConfig) -> str:
-    """First 16 hex digits of the SHA-256 of what decides a run's numbers: all but name, url, resources and log."""
+    """First 16 hex digits of the SHA-256 of what decides a run's numbers; the same for all attempts of a run.
+
+    Left out are where it runs and writes, how it is sharded, what is watched, and what the data section's class names in
+    `not_hashed` (caches, threads).
+    """
     hashed = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
+    for name, unhashed in (("train", _NOT_HASHED_OF_TRAIN), ("data", getattr(config.data, "not_hashed", ()))):
+        hashed[name] = {key: value for key, value in hashed[name].items() if key not in unhashed}
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 

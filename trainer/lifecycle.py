@@ -2,7 +2,9 @@
 
 from datamodules.store import NotFound, Store
 from trainer import config as configs
+from trainer.checkpoint import committed_steps
 from trainer.config import ConfigError
+from trainer.records import read_record
 from trainer.schema import RunConfig
 
 # What may change between the attempts of one run without changing what it computes (but for reduction order).
@@ -19,16 +21,27 @@ RESUMABLE = (
 
 
 def prepare_new(config: RunConfig) -> None:
-    """Puts the config of a new run at its URL.
+    """Puts the config of a new run at its URL. A run that failed before its first commit there is forgotten.
 
     Raises:
         ConfigError: the URL already holds a run.
     """
     store = Store(config.url)
+    if _stillborn(store):
+        store.delete("config.yaml")
     if not store.create("config.yaml", configs.to_yaml(config).encode()):
         raise ConfigError(
             f"a run exists at {config.url}: continue it with `keel resume {config.url}`, or set another url=..."
         )
+
+
+def _stillborn(store: Store) -> bool:
+    """True when what is there ended in an error before anything was saved, or never began: a mistake, since mended."""
+    if not store.exists("config.yaml") or committed_steps(store.sub("checkpoints")):
+        return False
+    if not store.list("attempts"):
+        return True
+    return store.exists("record.jsonl") and read_record(store)["status"] == "failed"
 
 
 def prepare_resume(url: str, overrides: list[str]) -> RunConfig:

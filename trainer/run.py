@@ -76,6 +76,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     info = {"resumed_from": resume_step or 0, "time": started, **environment()}
     attempt = _agree(lambda: start_attempt(store, info))
     rank = dist.get_rank()
+    torch.manual_seed(config.seed + rank)  # the same parameters everywhere, but each rank's own dropout
     if rank == 0:
         # A checkpoint found corrupt while it is read is fallen back from; readers of the metrics must know.
         strategy.on_loaded = lambda step: rewrite_attempt(store, attempt, {**info, "resumed_from": step})
@@ -133,7 +134,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             "error": error,
             "steps": trainer.global_step,
             "samples": trainer.global_step * config.train.global_batch,
-            "tokens": trainer.global_step * config.train.global_batch * task.tokens_per_sample(),
+            "tokens": _tokens(trainer.global_step * config.train.global_batch, task.tokens_per_sample()),
             "diverged_step": divergence.step,
             "parameters": parameters,
             "flops": flops * trainer.global_step * config.train.global_batch,
@@ -223,6 +224,10 @@ def _agree(call: Any) -> Any:
 def _newest(checkpoints: Store) -> str | None:
     step = latest(checkpoints)
     return None if step is None else checkpoints.join(step_name(step))
+
+
+def _tokens(samples: int, per_sample: int) -> int | None:
+    return samples * per_sample if per_sample > 1 else None
 
 
 def _device_name(accelerator: str) -> str:

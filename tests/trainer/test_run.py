@@ -191,11 +191,28 @@ def test_a_killed_process_resumes_bitwise(tmp_path, data):
 def test_new_and_resume_refuse_what_would_mix_runs(tmp_path, data):
     url = str(tmp_path / "run")
     config = make("fno", url, data)
-    with pytest.raises(configs.ConfigError, match="a run exists at .*keel resume"):
+    run_distributed(train, 1, config)
+    with pytest.raises(configs.ConfigError, match=r"a run exists at .*keel resume"):
         prepare_new(config)
-    with pytest.raises(configs.ConfigError, match="optim.lr cannot change on resume"):
+    with pytest.raises(configs.ConfigError, match=r"optim\.lr cannot change on resume"):
         prepare_resume(url, ["optim.lr=1"])
     with pytest.raises(configs.ConfigError, match="no run at"):
         prepare_resume(str(tmp_path / "other"), [])
     assert prepare_resume(url, ["train.max_steps=9"]).train.max_steps == 9
     assert configs.load(url + "/config.yaml").train.max_steps == 9
+
+
+def test_a_run_that_failed_before_its_first_commit_may_be_started_again(tmp_path, data):
+    url = str(tmp_path / "run")
+    config = make("fno", url, data)
+    prepare_new(config)  # no worker ever began
+    assert run_distributed(train, 1, config, False, 2) == ["crash"]
+    prepare_new(config)
+    assert run_distributed(train, 1, config, False, 6) == ["crash"]
+    with pytest.raises(configs.ConfigError, match="a run exists"):
+        prepare_new(config)
+    url = str(tmp_path / "live")
+    config = make("fno", url, data)
+    Store(url).write("attempts/0001.json", b'{"attempt": 1, "resumed_from": 0}')
+    with pytest.raises(configs.ConfigError, match="a run exists"):
+        prepare_new(config)

@@ -47,6 +47,7 @@ class Progress(lightning.Callback):
         self._console = Console(file=stream if stream is not None else sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._total: int | None = None
+        self._last_line = ""
         self._shown: dict[str, float] = {}
         self._rate_from: tuple[int, float] = (0, 0.0)  # (step, time) after the last reduction
         self._rate = 0.0
@@ -122,7 +123,10 @@ class Progress(lightning.Callback):
         if self._total is not None and self._rate > 0 and step < self._total:
             seconds = round((self._total - step) / self._rate)
             left = f"  ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-        self._console.print(f"{self._name}  step {step}{total}  {self._numbers()}{left}", markup=False)
+        line = f"{self._name}  step {step}{total}  {self._numbers()}{left}"
+        if line != self._last_line:
+            self._console.print(line, markup=False)
+        self._last_line = line
 
     def _finish(self, step: int) -> None:
         if not self._rank0:

@@ -1,0 +1,28 @@
+# Every target can be called again at once: the set-up is stamped and reused.
+PYTHON := .venv/bin/python
+STORE ?= file
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+setup:  ## create .venv with torch, the project and what its tests need
+	@bash scripts/setup.sh
+
+demo: setup  ## simulate, train, kill, resume, evaluate, report (STORE=file or STORE=s3)
+	@$(PYTHON) scripts/demo.py --store $(STORE)
+
+test: setup  ## run the tests (ARGS="-k cli" is passed on to pytest)
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: setup  ## ruff check, ruff format --check, mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+clean:  ## remove caches and the demo's output, keep .venv
+	@rm -rf .keel .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,149 @@
+"""keel train, resume, evaluate, report: one run from its config to its page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from cluster.commands.common import add_command, add_overrides, add_url, open_run, print_table
+
+if TYPE_CHECKING:
+    from trainer.schema import RunConfig
+
+
+def register(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        train,
+        help="start a run",
+        description=(
+            "Starts the run that CONFIG describes, at the config's `url`, on resources.processes_per_node workers.\n"
+            "Refused when that URL already holds a run, unless that one failed before its first checkpoint. Inside torchrun (WORLD_SIZE is\n"
+            "set) this process is the worker itself.\n"
+            "exit code: 0 done (also when the run diverged: see its record), 2 your error, 75 preempted after a save."
+        ),
+        example="keel train configs/runs/demo_fno.yaml url=runs/demo_fno train.max_steps=200",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of a run: a path or any fsspec URL")
+    add_overrides(parser)
+
+    parser = add_command(
+        commands,
+        "resume",
+        resume,
+        help="continue a run from its last committed checkpoint",
+        description=(
+            "Continues the run at URL from its last committed checkpoint, in the exact order of its data, on any\n"
+            "number of processes. Overrides are kept in the run's config.yaml."
+        ),
+        example="keel resume runs/demo_fno resources.processes_per_node=1\nkeel resume runs/demo_fno train.max_steps=400",
+    )
+    add_url(parser)
+    add_overrides(parser, "the run's config")
+
+    parser = add_command(
+        commands,
+        "evaluate",
+        evaluate,
+        help="evaluate a run's last checkpoint on held-out data",
+        description="Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json.",
+        example="keel evaluate runs/demo_fno --split test",
+    )
+    add_url(parser)
+    parser.add_argument("--split", default="test", help="split of the data set (default: test)")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples (default: all)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples at once (default: 8)")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the last whole one)")
+
+    parser = add_command(
+        commands,
+        "report",
+        report,
+        help="write one HTML page about a run",
+        description=(
+            "Writes URL/report.html: curves, diagnostics, fields, config, environment. The page is one file that needs\n"
+            "no network. It works while the run is going, too. Prints where the page is."
+        ),
+        example="keel report runs/demo_fno\nkeel report s3://bucket/runs/fno --out fno.html",
+    )
+    add_url(parser)
+    parser.add_argument("--out", metavar="FILE", help="also write the page to this local file")
+
+
+def train(args: argparse.Namespace) -> int:
+    from trainer.config import load
+    from trainer.lifecycle import prepare_new
+
+    config = load(args.config, args.overrides)
+    refuse_many_machines(config)
+    if _is_first_rank():
+        prepare_new(config)
+    return start(config, resume=False)
+
+
+def resume(args: argparse.Namespace) -> int:
+    from trainer.lifecycle import prepare_resume
+
+    config = prepare_resume(args.url, args.overrides)
+    refuse_many_machines(config)
+    return start(config, resume=True)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from cluster.report.view import flatten
+    from trainer.evaluation import evaluate as run_evaluation
+
+    store = open_run(args.url)
+
+    result = run_evaluation(store.url, split=args.split, limit=args.limit, batch=args.batch, step=args.step)
+    scalars = {key: value for key, value in flatten(result["metrics"]).items() if "@" not in key}
+    print(f"step {result['step']}, {result['samples']} samples of split {args.split}")
+    print_table(["metric", args.split], list(scalars.items()))
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from cluster.report import PAGE
+    from cluster.report import report as write_report
+
+    store = open_run(args.url)
+    local = write_report(store.url, out=args.out)
+    for place in dict.fromkeys([store.local_path(PAGE) if store.is_local else store.join(PAGE), local]):
+        print(place)
+    return 0
+
+
+def refuse_many_machines(config: RunConfig) -> None:
+    """Raises ConfigError when one machine is not enough and nobody else has started the workers."""
+    from trainer.config import ConfigError
+
+    if config.resources.nodes > 1 and not _is_worker():
+        raise ConfigError(
+            f"resources.nodes={config.resources.nodes}: this command starts the processes of one machine; for more, "
+            f"start it with torchrun on each of them"
+        )
+
+
+def start(config: RunConfig, *, resume: bool) -> int:
+    """Runs the workers of `config` to their end; returns the job's exit code."""
+    if _is_worker():
+        # torchrun or Slurm has already started one process per rank, and this is one of them.
+        from trainer.run import fit
+
+        fit(config, resume=resume)
+        return 0
+    from cluster.launch import Job, launch
+
+    resources = config.resources
+    arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
+    return launch(Job(arguments, processes=resources.processes_per_node, threads=resources.threads))
+
+
+def _is_worker() -> bool:
+    return "WORLD_SIZE" in os.environ
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

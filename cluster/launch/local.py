@@ -1,0 +1,235 @@
+"""Workers as processes of this machine.
+
+Two or more run under torch elastic's agent, whose rendezvous store binds its own port (no race for a free one) and which
+stops all workers when one fails. The agent runs in this process and starts the workers itself, so this process is their
+parent: they can watch it, and no worker outlives it. Its log lines and its table of tracebacks are silenced: a worker
+reports its own error, and the launcher adds one line where the worker could not.
+
+Rank 0 writes to this terminal; the other ranks write to log files, removed when all goes well and named when not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.launch import EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, PARENT_PID, Job
+
+# Failures noticed this close together are one event: which of them is the cause is then told by their kind.
+SIMULTANEOUS_S = 2
+
+
+def launch(job: Job) -> int:
+    """Runs `job` on this machine and returns its exit code: 0, or that of the worker that failed first (128 + signal
+    number for a worker that was killed). Must be called from the main thread: it handles signals."""
+    return _launch_one(job) if job.processes == 1 else _launch_many(job)
+
+
+def _launch_one(job: Job) -> int:
+    # Port 0: the only rank binds a free port and knows it, so there is no port to agree on.
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    started: list[int] = []
+    with _environment({**_worker_environment(job), **ranks, **rendezvous}), _signals(job, lambda: started):
+        worker = subprocess.Popen([sys.executable, "-m", *job.args], start_new_session=True)
+        started.append(worker.pid)
+        code = _shell_code(worker.wait())
+    if code > 128:
+        _say(f"the worker was killed by {_signal_name(code - 128)}")
+    return code
+
+
+def _launch_many(job: Job) -> int:
+    # elastic is heavy to import (torch) and not needed for one process.
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    _silence("torch.distributed.elastic")
+    logs = tempfile.mkdtemp(prefix="keel-ranks-")
+    # The agent's own handling of these signals would lose the workers' exit codes; ours forwards them instead.
+    environment = {**_worker_environment(job), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}
+    with _environment(environment):
+        rendezvous = get_rendezvous_handler(
+            RendezvousParameters(
+                backend="c10d",
+                endpoint="localhost:0",
+                run_id=uuid.uuid4().hex,
+                min_nodes=1,
+                max_nodes=1,
+                local_addr="127.0.0.1",
+            )
+        )
+        spec = WorkerSpec(
+            role="keel",
+            local_world_size=job.processes,
+            entrypoint=sys.executable,
+            args=("-m", *job.args),
+            rdzv_handler=rendezvous,
+            max_restarts=0,
+            monitor_interval=0.1,
+            local_addr="127.0.0.1",
+        )
+        others = dict.fromkeys(range(1, job.processes), Std.ALL)
+        agent = LocalElasticAgent(
+            spec=spec,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
+            start_method="spawn",
+        )
+
+        def workers() -> list[int]:
+            return [worker.id for worker in agent.get_worker_group().workers if isinstance(worker.id, int)]
+
+        try:
+            with _signals(job, workers):
+                result = agent.run()
+        finally:
+            rendezvous.shutdown()
+    failures = {rank: (failure.exitcode, failure.timestamp) for rank, failure in result.failures.items()}
+    code = _report(failures, Path(logs)) if result.is_failed() else EXIT_OK
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR):
+        shutil.rmtree(logs, ignore_errors=True)
+    return code
+
+
+def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
+    """(rank, exit code) of the failure that caused the others. `failures`: rank -> (exit code, time noticed), in the
+    order in which they were noticed.
+
+    When a worker dies its peers fail within moments, on a broken connection or on the agent's SIGTERM. So of those
+    noticed together a death by any other signal comes first, then an ordinary failure, then a requeue.
+    """
+
+    def kind(code: int) -> int:
+        if code < 0:
+            return 4 if code == -signal.SIGTERM else 0
+        return {EXIT_USER_ERROR: 1, EXIT_REQUEUE: 3}.get(code, 2)
+
+    start = min(when for _, when in failures.values())
+    early = {rank: code for rank, (code, when) in failures.items() if when - start <= SIMULTANEOUS_S}
+    rank = min(early, key=lambda r: kind(early[r]))  # of equals the one noticed first
+    return rank, early[rank]
+
+
+def _report(failures: dict[int, tuple[int, float]], logs: Path) -> int:
+    """Says in one line what rank 0 could not say on this terminal, and returns the job's exit code."""
+    rank, raw = first_failure(failures)
+    code = _shell_code(raw)
+    log = next(iter(sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"))), None)
+    if code == EXIT_USER_ERROR:
+        spoken = failures.get(0, (None, 0.0))[0] == EXIT_USER_ERROR
+        line = _last_line(log, starting="keel: error:")
+        if line and not spoken:
+            print(line, file=sys.stderr)
+    elif code != EXIT_REQUEUE:
+        how = f"was killed by {_signal_name(code - 128)}" if raw < 0 else f"failed with exit code {code}"
+        last = _last_line(log)
+        _say(f"rank {rank} {how}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
+    return code
+
+
+def _last_line(path: Path | None, starting: str = "") -> str:
+    if path is None:
+        return ""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.strip() and line.startswith(starting)), "")
+
+
+def _worker_environment(job: Job) -> dict[str, str]:
+    # Set in this process for as long as workers start: the agent copies this process's environment.
+    fixed = {"OMP_NUM_THREADS": str(job.threads_per_process), PARENT_PID: str(os.getpid())}
+    if sys.platform == "linux":
+        # One machine talks over loopback: gloo would else look its host name up, which may not resolve.
+        fixed["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return {**fixed, **job.env}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[None]:
+    """Forwards SIGTERM and SIGINT to the workers; a second SIGINT kills them. Applies the job's time limit."""
+    interrupts = 0
+
+    def send(signum: int) -> bool:
+        pids = list(workers())
+        for pid in pids:
+            try:
+                os.kill(pid, signum)
+            except ProcessLookupError:
+                continue
+        return bool(pids)
+
+    def forward(signum: int, _: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += signum == signal.SIGINT
+        if not send(signal.SIGKILL if interrupts > 1 else signum):
+            raise SystemExit(128 + signum)
+
+    timers: list[threading.Timer] = []
+    if job.timeout_s is not None:
+        timers.append(threading.Timer(job.timeout_s, send, [signal.SIGTERM]))
+        timers.append(threading.Timer(job.timeout_s + job.grace_s, send, [signal.SIGKILL]))
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before: dict[signal.Signals, Any] = {signum: signal.signal(signum, forward) for signum in handled}
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _silence(name: str) -> None:
+    logger = logging.getLogger(name)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+
+
+def _shell_code(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _say(message: str) -> None:
+    print(f"keel: error: {message}", file=sys.stderr, flush=True)

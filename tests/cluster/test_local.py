@@ -1,0 +1,166 @@
+"""The local launcher, with small workers in place of the trainer: exit codes, environment, signals, no orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.launch import Job, available_cores, launch
+from cluster.launch.local import first_failure
+
+# Stands in for `python -m trainer`: writes its environment, then does what its argument says.
+WORKER = """
+import json, os, signal, sys, time
+out, action = sys.argv[1], sys.argv[2]
+rank = int(os.environ["RANK"])
+if action == "guarded":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+keys = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "KEEL_PARENT_PID", "MASTER_PORT", "EXTRA"]
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+with open(f"{out}/{rank}.json.tmp", "w") as file:
+    json.dump({**{key: os.environ.get(key) for key in keys}, "pid": os.getpid(), "ppid": os.getppid()}, file)
+os.rename(f"{out}/{rank}.json.tmp", f"{out}/{rank}.json")
+print(f"hello from {rank}")
+if action == "user" and rank == 1:
+    print("keel: error: model.width=0: must be positive", file=sys.stderr)
+    sys.exit(2)
+if action == "crash" and rank == 1:
+    raise RuntimeError("boom")
+if action == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if action in ("wait", "guarded"):
+    while not stopped:
+        time.sleep(0.02)
+    sys.exit(75)
+if action in ("user", "crash", "killed"):
+    while not stopped:
+        time.sleep(0.02)
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "keel_test_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # The logs of ranks that failed are kept; here, where pytest removes them.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return "keel_test_worker"
+
+
+def environments(folder: Path, count: int) -> list[dict]:
+    import json
+
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def wait_for(folder: Path, count: int, timeout: float = 60.0) -> list[dict]:
+    deadline = time.monotonic() + timeout
+    while len(list(folder.glob("*.json"))) < count:
+        assert time.monotonic() < deadline, "the workers did not start"
+        time.sleep(0.05)
+    return environments(folder, count)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_workers_get_ranks_threads_and_their_parent(processes: int, worker: str, tmp_path: Path, capfd) -> None:
+    job = Job((worker, str(tmp_path), "ok"), processes=processes, env={"EXTRA": "yes"})
+    assert launch(job) == 0
+    seen = environments(tmp_path, processes)
+    assert [env["RANK"] for env in seen] == [str(rank) for rank in range(processes)]
+    for env in seen:
+        assert env["WORLD_SIZE"] == str(processes)
+        assert env["EXTRA"] == "yes"
+        assert env["OMP_NUM_THREADS"] == str(max(1, available_cores() // processes))
+        assert int(env["KEEL_PARENT_PID"]) == env["ppid"] == os.getpid()
+    assert "KEEL_PARENT_PID" not in os.environ
+    printed = capfd.readouterr()
+    assert printed.out == "hello from 0\n"
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "message"),
+    [
+        ("user", 2, "keel: error: model.width=0: must be positive\n"),
+        ("crash", 1, "keel: error: rank 1 failed with exit code 1: RuntimeError: boom (log: "),
+        ("killed", 137, "keel: error: rank 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_failing_rank_ends_the_job_in_one_line(
+    action: str, code: int, message: str, worker: str, tmp_path: Path, capfd
+) -> None:
+    assert launch(Job((worker, str(tmp_path), action), processes=2, threads=1)) == code
+    error = capfd.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_reaches_the_workers_and_their_exit_code_comes_back(
+    processes: int, worker: str, tmp_path: Path
+) -> None:
+    launcher = _launch_in_background(worker, tmp_path, "wait", processes)
+    wait_for(tmp_path, processes)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 75
+
+
+def test_no_worker_outlives_a_killed_launcher(worker: str, tmp_path: Path) -> None:
+    launcher = _launch_in_background(worker, tmp_path, "guarded", 2)
+    pids = [env["pid"] for env in wait_for(tmp_path, 2)]
+    launcher.kill()
+    launcher.wait(60)
+    deadline = time.monotonic() + 20
+    while any(_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its launcher"
+        time.sleep(0.05)
+
+
+def test_time_limit_stops_the_workers_like_a_preemption(worker: str, tmp_path: Path) -> None:
+    # Long enough for the worker to have set its handler.
+    assert launch(Job((worker, str(tmp_path), "wait"), timeout_s=2.0)) == 75
+
+
+def test_the_cause_is_told_from_its_consequences() -> None:
+    assert first_failure({0: (1, 10), 1: (-9, 10)}) == (1, -9)  # rank 0 lost its peer
+    assert first_failure({0: (-15, 11), 1: (1, 10)}) == (1, 1)  # rank 0 was stopped by the agent
+    assert first_failure({0: (1, 10), 1: (-9, 40)}) == (0, 1)  # rank 1 hung and was killed much later
+    assert first_failure({1: (1, 10), 0: (1, 10)}) == (1, 1)  # rank 1 was noticed first
+    assert first_failure({0: (75, 10), 1: (75, 10)}) == (0, 75)
+    assert first_failure({0: (2, 10), 1: (1, 10)}) == (0, 2)
+
+
+@pytest.mark.parametrize("arguments", [{"args": ()}, {"args": ("a",), "processes": 0}, {"args": ("a",), "threads": -1}])
+def test_impossible_jobs_are_refused(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"args|processes|threads"):
+        Job(**arguments)
+
+
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="backend=moon: unknown; one of local"):
+        launch(Job(("a",)), backend="moon")
+
+
+def _launch_in_background(worker: str, folder: Path, action: str, processes: int) -> subprocess.Popen:
+    job = f"Job(({worker!r}, {str(folder)!r}, {action!r}), processes={processes})"
+    code = f"import sys; from cluster.launch import Job, launch; sys.exit(launch({job}))"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

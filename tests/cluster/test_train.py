@@ -1,0 +1,87 @@
+"""The commands on a real, tiny run: train on two processes, resume on one, evaluate, verify, report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import cli
+from datamodules.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = [
+    "task.space=[16,16]", "model.modes=[8,8]", "model.width=8", "model.depth=2", "task.eval_rollout_steps=6",
+    "train.max_steps=6", "train.val_every=0", "checkpoint.every=3", "schedule.warmup_steps=2", "diagnostics.every=2",
+    "log.every=1", "resources.threads=1", "log.progress=false", "data.window_shards=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("data") / "tiny")
+    assert (
+        cli.main(
+            ["data", "make", str(ROOT / "configs/data/tiny_navier_stokes_2d.yaml"), f"url={url}", "--workers", "0"]
+        )
+        == 0
+    )
+    return url
+
+
+def keel(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_train_resume_evaluate_report(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.records import read_attempts, read_metrics, read_record, read_trace
+
+    url = str(tmp_path / "run")
+    done = keel("train", "configs/runs/demo_fno.yaml", f"url={url}", f"data.url={data}", *SMALL)
+    assert done.returncode == 0, done.stderr
+    done = keel("resume", url, "resources.processes_per_node=1", "train.max_steps=8")
+    assert done.returncode == 0, done.stderr
+    store = Store(url)
+    assert [(a["world_size"], a["resumed_from"]) for a in read_attempts(store)] == [(2, 0), (1, 6)]
+    assert [row["step"] for row in read_metrics(store) if "loss" in row] == list(range(1, 9))
+    assert {row["step"] for row in read_trace(store)} == set(range(1, 9))
+    assert read_record(store)["status"] == "ok"
+
+    # What reads a run needs no processes of its own.
+    assert cli.main(["evaluate", url]) == 0
+    printed = capsys.readouterr().out
+    assert "relative_l2" in printed and "persistence_relative_l2" in printed
+    assert "rollout/relative_l2@1" in store.read_json("evaluation.json")["metrics"]
+    assert cli.main(["checkpoint", "verify", url]) == 0
+    assert cli.main(["checkpoint", "ls", url]) == 0
+    assert "step-00000008" in capsys.readouterr().out
+    assert cli.main(["report", url]) == 0
+    assert "resumed (attempt 2)" in store.read("report.html").decode()
+
+
+def test_missing_data_is_one_line_and_the_url_can_be_used_again(data: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    one = ["train.max_steps=2", "resources.processes_per_node=1", "diagnostics.every=0", "diagnostics.names=[]"]
+    train = ["train", "configs/runs/demo_fno.yaml", f"url={url}", *SMALL, *one]
+    done = keel(*train, f"data.url={tmp_path}/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("keel: error: ")
+    assert f"{tmp_path}/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert keel(*train, f"data.url={data}").returncode == 0
+
+
+def test_inside_torchrun_the_command_is_the_worker(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    url = str(tmp_path / "run")
+    one = ["train.max_steps=2", "resources.processes_per_node=1"]
+    done = keel("train", "configs/runs/demo_fno.yaml", f"url={url}", f"data.url={data}", *SMALL, *one)
+    assert done.returncode == 0, done.stderr
+    assert Store(url).exists("record.jsonl")
