@@ -13,8 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+
+CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -102,3 +105,61 @@ def s3() -> Iterator[S3Server]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+@dataclass
+class CephServer:
+    """A radosgw of this test session, with real credentials. `ceph` sets the environment for it."""
+
+    folder: Path
+    environment: dict[str, str]
+    _serial: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def endpoint(self) -> str:
+        return self.environment["AWS_ENDPOINT_URL"]
+
+    def url(self, prefix: str = "") -> str:
+        """A fresh URL in its bucket."""
+        return f"s3://keel/{os.getpid()}-{next(self._serial)}/{prefix}".rstrip("/")
+
+    def options(self) -> dict[str, str]:
+        """What a `Store` takes in place of the environment."""
+        names = {"endpoint_url": "AWS_ENDPOINT_URL", "key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"}
+        return {option: self.environment[name] for option, name in names.items()}
+
+
+def ceph_script(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run `scripts/services/ceph.sh`."""
+    return subprocess.run(["bash", str(CEPH_SCRIPT), *words], capture_output=True, text=True, timeout=280)
+
+
+def exported(lines: str) -> dict[str, str]:
+    """The variables of lines such as `export NAME=value`."""
+    return dict(line.removeprefix("export ").split("=", 1) for line in lines.splitlines())
+
+
+@pytest.fixture(scope="session")
+def ceph_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephServer]:
+    """Ceph on this machine, for the tests that need a store as it is in production."""
+    if importlib.util.find_spec("s3fs") is None:
+        unavailable("tests on Ceph need s3fs: pip install 'keel[test]'")
+    folder = tmp_path_factory.mktemp("ceph")
+    try:
+        done = ceph_script("up", str(folder))
+        if done.returncode == 3:  # not installed, and it cannot be installed here
+            unavailable(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        yield CephServer(folder, exported(done.stdout))
+    finally:
+        ceph_script("down", str(folder))
+
+
+@pytest.fixture
+def ceph(ceph_server: CephServer, monkeypatch: pytest.MonkeyPatch) -> CephServer:
+    """`ceph_server`, with the AWS_* environment pointing to it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**ceph_server.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return ceph_server

@@ -8,22 +8,75 @@ are kept but never used nor closed (closing them would touch the parent's event 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from .direct import SIGNED_SECONDS, DirectReads, Part, unsupported
 from .errors import StoreError
+from .retry import is_transient, response_of
 
+log = logging.getLogger("keel.store")
 S3_PROTOCOLS = ("s3", "s3a")
+CONCURRENCY = 32  # requests in flight
 
 
 @dataclass
 class Client:
-    """A filesystem, and whether its endpoint has ever answered."""
+    """A filesystem and what this process has learnt about its endpoint.
+
+    Attributes:
+        reached: it has answered once.
+        direct: reads past the filesystem, where the options allow it; None otherwise.
+        conditional: bucket -> whether conditional writes hold there; buckets not yet asked are absent.
+    """
 
     filesystem: Any
     reached: bool = False
+    direct: DirectReads | None = None
+    direct_worked: bool = False
+    conditional: dict[str, bool] = field(default_factory=dict)
+
+    def read_parts(self, parts: Sequence[Part], concurrency: int) -> list[bytes | BaseException]:
+        """The bytes of each part, or what went wrong with it."""
+        direct = self.direct
+        if direct is None:
+            return self._through_filesystem(parts, concurrency)
+        results: list[Any] = direct.get(parts)
+        refused = [i for i, result in enumerate(results) if isinstance(result, BaseException) and _refusal(result)]
+        if len(refused) < len(parts):
+            self.direct_worked = True
+        if refused:
+            # Perhaps its signature is too old, or this server takes no signed URLs: s3fs has the last word.
+            for i in refused:
+                direct.forget(parts[i][0])
+            again = self._through_filesystem([parts[i] for i in refused], concurrency)
+            for i, result in zip(refused, again, strict=True):
+                if not isinstance(result, BaseException) and not self.direct_worked and self.direct is not None:
+                    self.direct = None
+                    log.warning("reading through s3fs, which is slower: a signed URL was refused (%s)", results[i])
+                results[i] = result
+        return results
+
+    def _through_filesystem(self, parts: Sequence[Part], concurrency: int) -> list[bytes | BaseException]:
+        if len(parts) == 1 and parts[0][1:] == (0, None):  # no range: an empty object has none
+            try:
+                return [bytes(self.filesystem.cat_file(parts[0][0]))]
+            except Exception as error:
+                return [error]
+        keys, starts, ends = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
+        batch = {"batch_size": concurrency} if getattr(self.filesystem, "async_impl", False) else {}
+        found: list[bytes | BaseException] = self.filesystem.cat_ranges(keys, starts, ends, on_error="return", **batch)
+        return found
+
+
+def _refusal(error: BaseException) -> bool:
+    """An answer that s3fs might not get: neither a fault that passes nor about the object itself."""
+    status, _ = response_of(error)
+    return bool(status) and status not in (404, 416) and not is_transient(error)
 
 
 _clients: dict[tuple[int, str], Client] = {}
@@ -47,8 +100,21 @@ def client(protocol: str, options: dict[str, Any], url: str) -> Client:
         with _lock:
             found = _clients.get(key)
             if found is None:
-                found = _clients[key] = Client(_filesystem(protocol, options, url))
+                filesystem = _filesystem(protocol, options, url)
+                direct = _direct(filesystem, options) if protocol in S3_PROTOCOLS else None
+                found = _clients[key] = Client(filesystem, direct=direct)
     return found
+
+
+def configured(protocol: str) -> dict[str, Any]:
+    """Options from fsspec's configuration (its files, and FSSPEC_* of the environment when it was imported).
+
+    The section of the protocol has those of the filesystem, the section `keel` those of `Store` itself, which no
+    filesystem knows.
+    """
+    from fsspec.config import conf
+
+    return {**conf.get("keel", {}), **conf.get(protocol, {})}
 
 
 def _filesystem(protocol: str, options: dict[str, Any], url: str) -> Any:
@@ -58,7 +124,7 @@ def _filesystem(protocol: str, options: dict[str, Any], url: str) -> Any:
     if protocol in S3_PROTOCOLS:
         keywords = _s3_options(keywords)
     else:
-        for name in ("connect_timeout", "read_timeout", "concurrency"):
+        for name in ("connect_timeout", "read_timeout", "concurrency", "direct"):
             keywords.pop(name, None)
     try:
         filesystem = fsspec.filesystem(protocol, **keywords)
@@ -74,16 +140,15 @@ def _filesystem(protocol: str, options: dict[str, Any], url: str) -> Any:
 
 def _s3_options(options: dict[str, Any]) -> dict[str, Any]:
     """s3fs keywords: bounded waits, no inner retries, enough connections, and what S3-compatible servers need."""
-    keywords = dict(options)
+    keywords = {name: value for name, value in options.items() if name != "direct"}
     config = dict(keywords.pop("config_kwargs", {}))
     config.setdefault("connect_timeout", keywords.pop("connect_timeout", 5.0))
     config.setdefault("read_timeout", keywords.pop("read_timeout", 30.0))
-    config.setdefault("max_pool_connections", keywords.pop("concurrency", 32))
+    config.setdefault("max_pool_connections", keywords.pop("concurrency", CONCURRENCY))
     config.setdefault("retries", {"total_max_attempts": 1})
-    endpoint = (
-        keywords.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    )
-    if endpoint:
+    if not keywords.get("anon"):
+        config.setdefault("signature_version", "s3v4")  # else URLs for us-east-1 are signed the old way
+    if _endpoint(keywords):
         # Servers other than AWS rarely resolve bucket host names, and some send the checksum of the whole object with
         # a range of it. Keel checks its own checksums.
         config.setdefault("s3", {"addressing_style": "path"})
@@ -91,3 +156,26 @@ def _s3_options(options: dict[str, Any]) -> dict[str, Any]:
             if f"AWS_{name.upper()}" not in os.environ:
                 config.setdefault(name, "when_required")
     return {**keywords, "config_kwargs": config}
+
+
+def _endpoint(options: dict[str, Any]) -> str:
+    """The endpoint that is not AWS itself; empty for AWS."""
+    settings = {**(options.get("client_kwargs") or {}), **options}
+    named = settings.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return str(named or "")
+
+
+def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
+    if not options.get("direct", True):
+        return None
+    reason = unsupported(options, _endpoint(options))
+    if reason:
+        log.info("reading through s3fs, which is slower: %s", reason)
+        return None
+    return DirectReads(
+        lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)),
+        concurrency=int(options.get("concurrency", CONCURRENCY)),
+        connect_timeout=float(options.get("connect_timeout", 5.0)),
+        read_timeout=float(options.get("read_timeout", 30.0)),
+        verify=(options.get("client_kwargs") or {}).get("verify", True),
+    )

@@ -10,20 +10,18 @@ import contextlib
 import errno
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from . import local
-from .client import S3_PROTOCOLS, Client, client
+from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
+from .conditional import create
 from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
 from .retry import Retry, chain, is_connect_fault, is_transient, response_of
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
-SINGLE_PUT_BYTES = 4 * 2**30  # conditional writes go in one PUT: not all servers check the condition of a multipart one
 RETRY_OPTIONS = ("deadline", "connect_deadline")
-_memory_lock = threading.Lock()  # memory:// has no atomic create of its own
 
 
 def join_url(base: str, *parts: str) -> str:
@@ -48,9 +46,12 @@ class Store:
     Args:
         url: the prefix. A relative path is made absolute.
         options: `deadline` (60 s) ends retries; `connect_deadline` (10 s) ends them for an endpoint that never answered;
-            `connect_timeout` (5 s), `read_timeout` (30 s) and `concurrency` (32) bound single S3 requests; all others
+            `connect_timeout` (5 s), `read_timeout` (30 s) and `concurrency` (32) bound single S3 requests; `direct=False`
+            reads through s3fs even where plain range GETs, which are faster, would do (see `direct.py`); all others
             go to the fsspec filesystem (`key`, `secret`, `endpoint_url`, `anon`, ... for S3). The usual environment
-            (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION) holds otherwise.
+            (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION) holds otherwise, and so
+            does fsspec's configuration, for instance ``FSSPEC_S3='{"anon": true}'`` for options of the filesystem and
+            ``FSSPEC_KEEL='{"deadline": 300}'`` for the ones named here.
 
     Raises (all methods): `NotFound`, `Unreachable`, `AccessDenied`, `OutOfSpace`, `ShortRead` or another `StoreError`.
     """
@@ -69,10 +70,10 @@ class Store:
             if not self._root.strip("/") and self._protocol != "memory":
                 raise StoreError(f"{url}: names no bucket; use {scheme}://bucket/prefix")
             self.url = f"{scheme}://{self._root}"
-        self.options = dict(options)
+        self.options = dict(options) if self.is_local else {**configured(self._protocol), **options}
         self.retry = Retry(
-            deadline=float(options.get("deadline", Retry.deadline)),
-            connect_deadline=float(options.get("connect_deadline", Retry.connect_deadline)),
+            deadline=float(self.options.get("deadline", Retry.deadline)),
+            connect_deadline=float(self.options.get("connect_deadline", Retry.connect_deadline)),
         )
 
     def __repr__(self) -> str:
@@ -100,7 +101,14 @@ class Store:
         """The whole object."""
         if self.is_local:
             return self._local(path, lambda: local.read(self.local_path(path)))
-        return self._remote(path, lambda fs, key, _: bytes(fs.cat_file(key)))
+
+        def attempt(held: Client, key: str, _n: int) -> bytes:
+            (result,) = held.read_parts([(key, 0, None)], 1)
+            if isinstance(result, BaseException):
+                raise result
+            return bytes(result)
+
+        return self._remote(path, attempt)
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
@@ -123,13 +131,11 @@ class Store:
                 out[i] = block
             return out
 
-        def attempt(fs: Any, _key: str, _n: int) -> None:
+        def attempt(held: Client, _key: str, _n: int) -> None:
             """Fetch what is still missing; the first fault is raised after all that arrived is kept."""
             fault: tuple[int, BaseException] | None = None
-            batch = {"batch_size": int(self.options.get("concurrency", 32))} if getattr(fs, "async_impl", False) else {}
-            keys = [self._key(requests[i][0]) for i in todo]
-            starts, ends = [requests[i][1] for i in todo], [requests[i][2] for i in todo]
-            results = fs.cat_ranges(keys, starts, ends, on_error="return", **batch)
+            parts = [(self._key(requests[i][0]), *requests[i][1:]) for i in todo]
+            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)))
             missing = []
             for i, result in zip(todo, results, strict=True):
                 path, start, end = requests[i]
@@ -144,7 +150,7 @@ class Store:
             if fault is not None:
                 path, start, end = requests[fault[0]]
                 blamed[0] = path
-                self._check_length(fs, path, start, end, fault[1])
+                self._check_length(held.filesystem, path, start, end, fault[1])
                 raise fault[1]
 
         blamed = [requests[todo[0]][0]]
@@ -173,7 +179,7 @@ class Store:
             if os.path.isdir(self.local_path(path)):
                 raise NotFound(f"{self.join(path)}: is a folder, not an object")
             return self._local(path, lambda: os.stat(self.local_path(path)).st_size)
-        return self._remote(path, lambda fs, key, _: self._remote_size(fs, key))
+        return self._remote(path, lambda held, key, _: self._remote_size(held.filesystem, key))
 
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
@@ -183,7 +189,8 @@ class Store:
         if self.is_local:
             return self._local(prefix, lambda: [lead + name for name in local.walk(self.local_path(prefix))])
 
-        def attempt(fs: Any, key: str, _n: int) -> list[str]:
+        def attempt(held: Client, key: str, _n: int) -> list[str]:
+            fs = held.filesystem
             try:
                 found = fs.find(key)
             except FileNotFoundError:
@@ -204,35 +211,20 @@ class Store:
         if self.is_local:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
         else:
-            self._remote(path, lambda fs, key, _: fs.pipe_file(key, bytes(data)))
+            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, bytes(data)))
 
     def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
         """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.
 
-        Local: a hard link to a complete file. S3: PUT with If-None-Match (checked by AWS, Ceph and moto; a server that
-        ignores the condition is only safe without a race). The content should name its writer: when an answer is lost,
-        a retry finds its own object and returns True.
+        Local: a hard link to a complete file. S3: PUT with If-None-Match. The first one of a process in a bucket is asked
+        for twice: a server that does not refuse the second ignores conditions. There a warning tells so, and a writer
+        waits a second and has won if its content is still there: safe but for writers that are slower than that.
+        The content should name its writer: when an answer is lost, a retry finds its own object and returns True.
         """
         if self.is_local:
             return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
         body = bytes(data)
-
-        def attempt(fs: Any, key: str, n: int) -> bool:
-            try:
-                if n == 0 and fs.exists(key):
-                    return False
-                if self._protocol in S3_PROTOCOLS:
-                    fs.pipe_file(key, body, mode="create", chunksize=SINGLE_PUT_BYTES)
-                else:
-                    with _memory_lock:
-                        fs.pipe_file(key, body, mode="create")
-                return True
-            except Exception as error:
-                if not isinstance(error, FileExistsError) and response_of(error)[0] != 412:
-                    raise
-                return n > 0 and bytes(fs.cat_file(key)) == body
-
-        return self._remote(path, attempt)
+        return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
 
     def write_json(self, path: str, value: Any) -> None:
         """`value` as canonical JSON: sorted keys, no spaces, so that equal values are equal bytes."""
@@ -243,7 +235,7 @@ class Store:
         if self.is_local:
             self._local(path, lambda: self._unlink(self.local_path(path)))
             return
-        self._remote(path, lambda fs, key, _: self._remote_delete(fs, key))
+        self._remote(path, lambda held, key, _: self._remote_delete(held.filesystem, key))
 
     def delete_tree(self, prefix: str = "") -> None:
         """Remove all objects below the folder `prefix` (and an object of that very name)."""
@@ -316,13 +308,13 @@ class Store:
         except OSError as error:
             raise self._translate(error, (names or {}).get(error.filename, path)) from error
 
-    def _remote(self, path: str, operation: Callable[[Any, str, int], T], blamed: Sequence[str] = ()) -> T:
+    def _remote(self, path: str, operation: Callable[[Client, str, int], T], blamed: Sequence[str] = ()) -> T:
         held = self._client()
         key = self._key(path)
 
         def attempt(n: int) -> T:
             try:
-                result = operation(held.filesystem, key, n)
+                result = operation(held, key, n)
             except Exception as error:
                 if not is_connect_fault(error) and response_of(error)[0]:
                     held.reached = True
