@@ -1,4 +1,4 @@
-"""keel data: make, check and show data sets."""
+"""keel data: make, check and show data sets; the other commands are in `data_move`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster.commands.common import add_command, add_overrides, print_table, size
+from cluster.commands import data_move
+from cluster.commands.common import add_command, add_overrides, number, print_table, size
 
 
 def register(commands: Any) -> None:
@@ -15,7 +16,7 @@ def register(commands: Any) -> None:
         commands,
         "data",
         None,
-        help="make, check and show data sets",
+        help="make, import, check, show and copy data sets",
         description="Works with data sets: sharded Zarr v3 groups with a manifest, in any object store.",
         example="keel data show runs/data/navier_stokes_2d",
     )
@@ -54,10 +55,20 @@ def register(commands: Any) -> None:
         "show",
         show,
         help="print what a data set holds",
-        description="Prints the arrays, splits and attributes of the data set at URL, and its fingerprint.",
-        example="keel data show runs/data/navier_stokes_2d",
+        description=(
+            "Prints arrays with shapes, types and sizes, channels with units and statistics, parameters, splits and attributes\n"
+            "of the data set at URL, and its fingerprint. --png draws one trajectory: series of a system without space, an\n"
+            "x-t image in one dimension, frames in two, frames of the middle plane in three."
+        ),
+        example=(
+            "keel data show runs/data/navier_stokes_2d\n"
+            "keel data show s3://bucket/data/ns --png sample.png --trajectory 3"
+        ),
     )
     parser.add_argument("url", metavar="URL", help="the data set: a local path or any fsspec URL")
+    parser.add_argument("--png", metavar="FILE", help="also draw a trajectory to this file")
+    parser.add_argument("--trajectory", type=int, default=0, metavar="N", help="the trajectory drawn (default: 0)")
+    data_move.register(commands)
 
 
 def make(args: argparse.Namespace) -> int:
@@ -92,17 +103,50 @@ def show(args: argparse.Namespace) -> int:
     from datamodules.format import Dataset
 
     dataset = Dataset.open(args.url)
-    print(f"{dataset.url}\nfingerprint {dataset.fingerprint}\n")
+    attributes = dataset.attributes
+    total = sum(info.size for info in dataset.objects.values())
+    print(f"{dataset.url}\nfingerprint {dataset.fingerprint}\n{len(dataset.objects)} objects, {size(total)}\n")
     rows = []
     for name, array in described(dataset.describe()["arrays"]):
         shape = ", ".join(f"{d}={n}" for d, n in zip(array["dimensions"], array["shape"], strict=True))
-        rows.append([name, array["dtype"], shape, str(array["shards"]), " x ".join(map(str, array["chunk_shape"]))])
-    print_table(["array", "type", "shape", "shards", "chunk"], rows)
+        chunk = " x ".join(map(str, array["chunk_shape"])) + (
+            "" if array["level"] is None else f" zstd {array['level']}"
+        )
+        rows.append([name, array["dtype"], shape, size(array["bytes"]), str(array["shards"]), chunk])
+    print_table(["array", "type", "shape", "size", "shards", "chunk"], rows)
+    print_channels(attributes)
     splits = [[name, str(start), str(stop), str(stop - start)] for name, (start, stop) in dataset.splits.items()]
     print_table(["split", "start", "stop", "length"], splits)
-    shown = {key: value for key, value in dataset.attributes.items() if key not in ("splits", "array")}
+    shown = {
+        key: value for key, value in attributes.items() if key not in ("splits", "array", "channels", "statistics")
+    }
     print_table(["attribute", "value"], [[key, str(value)] for key, value in sorted(shown.items())])
+    if args.png:
+        from cluster.report.sample import draw_sample
+
+        picture = draw_sample(dataset, args.trajectory)
+        with open(args.png, "wb") as file:
+            file.write(picture)
+        print(args.png)
     return 0
+
+
+def print_channels(attributes: dict[str, Any]) -> None:
+    """Channels with units and statistics, and parameters; nothing for data without them."""
+    units, found = attributes.get("units") or {}, attributes.get("statistics", {})
+    rows = []
+    for c, name in enumerate(attributes.get("channels", [])):
+        figures = [number(found[key][c]) if key in found else "-" for key in ("mean", "std", "min", "max")]
+        rows.append([str(name), str(units.get(name, "-")), *figures])
+    if rows:
+        print_table(["channel", "unit", "mean", "std", "min", "max"], rows)
+    parameters = attributes.get("parameters") or {}
+    if parameters:
+        print_table(["parameter", "value"], [[str(key), _text(value)] for key, value in sorted(parameters.items())])
+
+
+def _text(value: Any) -> str:
+    return number(value) if isinstance(value, bool | int | float) else str(value)
 
 
 def described(arrays: dict[str, Any]) -> list[tuple[str, Any]]:

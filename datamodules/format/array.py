@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from datamodules.store import NotFound, ShortRead, Store
 
+from .codecs import BadChunk
+from .dtypes import BFLOAT16, from_bfloat16
 from .errors import DataError
+from .grid import Box, cells
 from .layout import ABSENT, CHECKSUM_BYTES, ArraySpec
-from .shard import bad_chunk, decode_index
+from .shard import bad_chunk, decode_chunk, decode_index
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_CACHE_BYTES = 256 * 2**20  # of shard indices held per array; 16 bytes a chunk
+INDEX_THREADS = 16
 
 
 class Piece(NamedTuple):
@@ -20,6 +31,8 @@ class Piece(NamedTuple):
     path: the object, relative to the data set. start, stop: its byte range; equal for absent chunks (no request).
     chunks: how many. skip: leading entries of the first chunk that are not wanted. entries: how many are wanted.
     offset: where they begin in the window.
+    lengths: stored bytes of each chunk, where they differ (compressed). boxes: for an array that another writer cut, the
+    wanted part of the one chunk and its place in the window.
     """
 
     path: str
@@ -29,22 +42,28 @@ class Piece(NamedTuple):
     skip: int
     entries: int
     offset: int
+    lengths: tuple[int, ...] = ()
+    boxes: tuple[Box, Box] | None = None
 
 
 class Array:
     """An array of a data set. Thread-safe.
 
-    `contiguous` promises the layout that Keel writes (chunks in C order, back to back), so that byte ranges follow from
-    arithmetic; otherwise each shard's index is read once and checked.
+    `contiguous` promises the layout that Keel writes without compression (chunks of one size in C order, back to back),
+    so that byte ranges follow from arithmetic; otherwise each shard's index is read once and checked. `sizes`: bytes of
+    the shards by path, where a manifest tells them.
     """
 
-    def __init__(self, store: Store, name: str, spec: ArraySpec, contiguous: bool) -> None:
-        self.store, self.name, self.spec, self.contiguous = store, name, spec, contiguous
+    def __init__(
+        self, store: Store, name: str, spec: ArraySpec, contiguous: bool, sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self.store, self.name, self.spec, self.contiguous = store, name, spec, contiguous and spec.fixed
         self.shape, self.dimensions, self.attributes = spec.shape, spec.dimensions, spec.attributes
-        self.dtype: np.dtype[Any] = spec.numpy_dtype
+        self.dtype: np.dtype[Any] = spec.value_dtype
         self.window_axis, self.frame_shape = spec.window_axis, spec.frame_shape
         self.shard_length, self.shards = spec.shard_length, spec.shards
-        self._indices: dict[int, np.ndarray] = {}
+        self._indices: dict[str, np.ndarray] = {}
+        self._sizes = sizes
         self._lock = threading.Lock()
 
     @classmethod
@@ -60,24 +79,30 @@ class Array:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def shard_path(self, k: int) -> str:
-        """Object of shard k, relative to the data set."""
-        return f"{self.name}/{self.spec.shard_key(k)}" if self.name else self.spec.shard_key(k)
+    def shard_path(self, k: int, *others: int) -> str:
+        """Object of shard k (and its place on the other axes), relative to the data set."""
+        key = self.spec.shard_key(k, *others)
+        return f"{self.name}/{key}" if self.name else key
 
     def damaged(self, path: str, why: str) -> DataError:
         """The error for a damaged object."""
         return DataError(f"{self.store.join(path)}: {why}; delete this object and run `keel data make` again")
 
+    # From a window to byte ranges
+
     def plan(self, index: tuple[int, ...], start: int, stop: int) -> list[Piece]:
         """Byte ranges that hold entries [start, stop) of the window axis at `index` on the axes before it.
 
         Fields: `plan((trajectory,), a, b)`; text: `plan((), a, b)`. Pieces cover whole chunks, as checksums do.
+        Without `contiguous` the first plan in a shard reads its index; see `prepare`.
         """
         spec, axis = self.spec, self.window_axis
         if len(index) != axis or any(not 0 <= i < n for i, n in zip(index, self.shape, strict=False)):
             raise IndexError(f"{self.name}{list(index)}: out of range for axes {self.shape[:axis]}")
         if not 0 <= start < stop <= self.shape[axis]:
             raise IndexError(f"{self.name}: window [{start}, {stop}) is not within [0, {self.shape[axis]})")
+        if spec.foreign is not None:
+            return self._grid(index, start, stop)
         if axis == 0:
             pieces = []
             for k in range(start // spec.shard_length, (stop - 1) // spec.shard_length + 1):
@@ -96,64 +121,131 @@ class Array:
         c0, c1 = a // length, (b - 1) // length + 1
         if self.contiguous:
             return [Piece(path, (first + c0) * size, (first + c1) * size, c1 - c0, a - c0 * length, b - a, offset)]
-        starts = self._index(k)[first + c0 : first + c1, 0]
         pieces: list[Piece] = []
-        for j, begin in enumerate(starts):
+        for j, (begin, stored) in enumerate(self._index(path)[first + c0 : first + c1].tolist()):
             lo, hi = max(a, (c0 + j) * length), min(b, (c0 + j + 1) * length)
-            absent = int(begin) == ABSENT
-            at, end = (0, 0) if absent else (int(begin), int(begin) + size)
+            absent = begin == ABSENT
+            at, end = (0, 0) if absent else (begin, begin + stored)
+            lengths = () if self.spec.fixed or absent else (stored,)
             last = pieces[-1] if pieces else None
             if last and ((absent and last.start == last.stop) or (not absent and last.stop == at > last.start)):
-                pieces[-1] = last._replace(stop=end, chunks=last.chunks + 1, entries=last.entries + hi - lo)
+                joined = (*last.lengths, *lengths)
+                more = last.entries + hi - lo
+                pieces[-1] = last._replace(stop=end, chunks=last.chunks + 1, entries=more, lengths=joined)
             else:
-                pieces.append(Piece(path, at, end, 1, lo - (c0 + j) * length, hi - lo, offset + lo - a))
+                pieces.append(Piece(path, at, end, 1, lo - (c0 + j) * length, hi - lo, offset + lo - a, lengths))
         return pieces
 
-    def _index(self, k: int) -> np.ndarray:
-        """Index of shard k, read once; a shard that was never written is all absent."""
+    def _grid(self, index: tuple[int, ...], start: int, stop: int) -> list[Piece]:
+        """One piece for each chunk of an array that another writer cut."""
+        pieces = []
+        for cell in cells(self.spec, index, start, stop):
+            path = self.shard_path(*cell.shard)
+            begin, stored = self._index(path)[cell.number].tolist()
+            at, end = (0, 0) if begin == ABSENT else (begin, begin + stored)
+            rows = cell.target[0]
+            boxes = (cell.source, cell.target)
+            skip = cell.source[self.window_axis].start
+            pieces.append(Piece(path, at, end, 1, skip, rows.stop - rows.start, rows.start, (stored,), boxes))
+        return pieces
+
+    # Shard indices
+
+    def prepare(self, shards: Iterable[int]) -> None:
+        """Read the indices of these shards concurrently, so that `plan` need not wait for them one by one."""
+        if self.contiguous or self.spec.foreign is not None:
+            return
         with self._lock:
-            found = self._indices.get(k)
+            paths = [path for path in {self.shard_path(k) for k in shards} if path not in self._indices]
+        if len(paths) > 1:
+            with ThreadPoolExecutor(min(INDEX_THREADS, len(paths))) as pool:
+                list(pool.map(self._index, paths))
+
+    def _index(self, path: str) -> np.ndarray:
+        """Index of the shard in this object, read once; a shard that was never written is all absent."""
+        with self._lock:
+            found = self._indices.get(path)
         if found is None:
-            path, spec = self.shard_path(k), self.spec
-            try:
-                size = self.store.size(path)
-            except NotFound:
-                found = np.full((spec.chunk_count, 2), ABSENT, np.uint64)
-            else:
-                if size < spec.index_bytes:
-                    raise self.damaged(path, f"truncated, {size} bytes are less than the shard's index")
-                data = self.store.read_range(path, size - spec.index_bytes, size)
-                found = decode_index(spec, data, self.store.join(path))
+            found = self._read_index(path)
             with self._lock:
-                self._indices[k] = found
+                while len(self._indices) * found.nbytes >= max(INDEX_CACHE_BYTES, found.nbytes):
+                    self._indices.pop(next(iter(self._indices)))
+                self._indices[path] = found
         return found
+
+    def _read_index(self, path: str) -> np.ndarray:
+        spec = self.spec
+        try:
+            size = self._sizes[path] if self._sizes is not None else self.store.size(path)
+        except KeyError:
+            raise self.damaged(path, "not in the manifest") from None
+        except NotFound:
+            return np.full((spec.chunk_count, 2), ABSENT, np.uint64)
+        if size < spec.index_bytes:
+            raise self.damaged(path, f"truncated, {size} bytes are less than the shard's index")
+        first = spec.foreign is not None and spec.foreign.index_first
+        at = 0 if first else size - spec.index_bytes
+        try:
+            data = self.store.read_range(path, at, at + spec.index_bytes)
+        except (ShortRead, NotFound) as error:
+            raise self.damaged(path, "truncated" if isinstance(error, ShortRead) else "missing") from error
+        return decode_index(spec, data, self.store.join(path), size)
+
+    # From bytes to values
 
     def decode(self, piece: Piece, data: bytes | memoryview, out: np.ndarray) -> None:
         """Check the bytes of a piece and copy its values into `out[piece.offset : piece.offset + piece.entries]`.
 
         `out` has shape [stop - start, *frame_shape]; its dtype may differ (values are cast). It can be the `numpy()` view
-        of a pinned tensor. DataError, naming object and chunk, if a checksum is wrong.
+        of a pinned tensor. bfloat16 becomes float32, but goes as it is into uint16: `tensor.view(torch.uint16).numpy()`.
+        DataError, naming object and chunk, if a checksum is wrong.
         """
         target = out[piece.offset : piece.offset + piece.entries]
         if piece.start == piece.stop:
-            target[...] = 0
+            where = target if piece.boxes is None else out[piece.boxes[1]]
+            where[...] = self.spec.fill
             return
-        size = self.spec.chunk_bytes
         if len(data) != piece.stop - piece.start:
             raise self.damaged(
                 piece.path, f"truncated, {len(data)} bytes of {piece.stop - piece.start} at {piece.start}"
             )
+        if piece.lengths:
+            self._decode_each(piece, memoryview(data), out)
+            return
+        size = self.spec.chunk_bytes
         wrong = bad_chunk(self.spec, data)
         if wrong is not None:
-            at = piece.start + wrong * size
-            raise self.damaged(piece.path, f"corrupt chunk at byte {at} (crc32c)")
+            raise self.damaged(piece.path, f"corrupt chunk at byte {piece.start + wrong * size} (crc32c)")
         chunks = np.frombuffer(data, np.uint8).reshape(piece.chunks, size)[:, : size - CHECKSUM_BYTES]
         whole = not piece.skip and piece.entries == piece.chunks * self.spec.chunk_length
-        if whole and target.dtype == self.dtype and target.flags.c_contiguous:
+        if whole and target.dtype == self.spec.numpy_dtype and target.flags.c_contiguous:
             target.reshape(piece.chunks, -1).view(np.uint8)[...] = chunks
             return
-        values = np.ascontiguousarray(chunks).reshape(-1).view(self.dtype).reshape(-1, *self.frame_shape)
-        target[...] = values[piece.skip : piece.skip + piece.entries]
+        stored = np.ascontiguousarray(chunks).reshape(-1).view(self.spec.numpy_dtype).reshape(-1, *self.frame_shape)
+        target[...] = self._values(stored[piece.skip : piece.skip + piece.entries], out)
+
+    def _decode_each(self, piece: Piece, data: memoryview, out: np.ndarray) -> None:
+        """Chunks one by one: compressed ones, and those of other writers."""
+        at, row, skip, left = 0, piece.offset, piece.skip, piece.entries
+        for length in piece.lengths:
+            try:
+                chunk = decode_chunk(self.spec, data[at : at + length])
+            except BadChunk as error:
+                raise self.damaged(piece.path, f"corrupt chunk at byte {piece.start + at} ({error})") from error
+            at += length
+            if piece.boxes is not None:
+                source, target = piece.boxes
+                place = out[target]
+                place[...] = self._values(chunk[source].reshape(place.shape), out)
+                return
+            entries = min(self.spec.chunk_length - skip, left)
+            wanted = chunk.reshape(-1, *self.frame_shape)[skip : skip + entries]
+            out[row : row + entries] = self._values(wanted, out)
+            row, skip, left = row + entries, 0, left - entries
+
+    def _values(self, stored: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Stored elements as those that go into `out`."""
+        return from_bfloat16(stored) if self.spec.dtype == BFLOAT16 and out.dtype != np.uint16 else stored
 
     def read(self, index: tuple[int, ...], start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Entries [start, stop) of the window axis, [stop - start, *frame_shape]; every checksum is verified."""
@@ -169,3 +261,13 @@ class Array:
         for piece, block in zip(pieces, blocks, strict=True):
             self.decode(piece, block, out)
         return out
+
+    def read_torch(self, index: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """As `read`, but a tensor; bfloat16 stays bfloat16."""
+        import torch
+
+        if self.spec.dtype != BFLOAT16:
+            return torch.from_numpy(self.read(index, start, stop))
+        tensor = torch.empty((stop - start, *self.frame_shape), dtype=torch.bfloat16)
+        self.read(index, start, stop, out=tensor.view(torch.uint16).numpy())
+        return tensor

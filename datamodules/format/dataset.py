@@ -22,6 +22,7 @@ from .errors import DataError
 from .layout import ArraySpec
 
 FORMAT, VERSION = "keel-dataset", 1
+BLOCK_BYTES = 16 * 2**20  # read at once of an object that is checked
 MANIFEST, METADATA = "manifest.json", "zarr.json"
 
 
@@ -41,6 +42,15 @@ class ObjectInfo:
     def matches(self, data: Any) -> bool:
         """Whether `data` is this object, by size and CRC-32."""
         return len(memoryview(data)) == self.size and crc32(data) == self.crc32
+
+    def at(self, store: Store) -> bool:
+        """Whether the object is there, by size and CRC-32, read in blocks. Raises NotFound where it is missing."""
+        if store.size(self.path) != self.size:
+            return False
+        found = 0
+        for start in range(0, self.size, BLOCK_BYTES):
+            found = crc32(store.read_range(self.path, start, min(start + BLOCK_BYTES, self.size)), found)
+        return found == self.crc32
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "size": self.size, "crc32": f"{self.crc32:08x}", "sha256": self.sha256}
@@ -106,7 +116,11 @@ class Dataset:
             attributes = dict(group["attributes"])
         except (KeyError, TypeError) as error:
             raise DataError(f"{store.join(METADATA)}: damaged ({error!r}); make the data set again") from error
-        arrays = {name: Array(store, name, spec, contiguous=True) for name, spec in specs.items()}
+        cls._check_arrays(store, manifest, specs)
+        sizes = (
+            {path: info.size for path, info in objects.items()} if any(not s.fixed for s in specs.values()) else None
+        )
+        arrays = {name: Array(store, name, spec, contiguous=True, sizes=sizes) for name, spec in specs.items()}
         return cls(store, attributes, arrays, objects, fingerprint, manifest)
 
     @staticmethod
@@ -117,9 +131,27 @@ class Dataset:
         except NotFound as error:
             raise DataError(f"{url}: missing; make the data set again") from error
         if METADATA not in objects or not objects[METADATA].matches(data):
-            raise DataError(f"{url}: differs from the manifest; make the data set again")
+            raise DataError(
+                f"{url}: differs from the manifest; it was changed, or the manifest is that of another data set: "
+                "make the data set again"
+            )
         document: dict[str, Any] = json.loads(data)
         return document
+
+    @staticmethod
+    def _check_arrays(store: Store, manifest: dict[str, Any], specs: dict[str, ArraySpec]) -> None:
+        """The group and the manifest must speak of the same arrays."""
+        for name, spec in specs.items():
+            entry = manifest["arrays"][name]
+            if tuple(entry["shape"]) != spec.shape or entry["dtype"] != spec.dtype:
+                raise DataError(
+                    f"{store.join(MANIFEST)}: array {name!r} is {entry['dtype']} {entry['shape']} there but {spec.dtype} "
+                    f"{list(spec.shape)} in {METADATA}; the manifest is that of another data set: make it again"
+                )
+            if spec.foreign is not None:
+                raise DataError(
+                    f"{store.join(name)}: is not cut as Keel cuts arrays (shards on axis 0, whole frames); import it"
+                )
 
     @property
     def url(self) -> str:
@@ -152,6 +184,11 @@ class Dataset:
                     "shape": list(array.shape),
                     "dtype": array.spec.dtype,
                     "dimensions": list(array.dimensions),
+                    "level": array.spec.level,
+                    "attributes": array.attributes,
+                    "bytes": sum(
+                        self.objects[p].size for p in map(array.shard_path, range(array.shards)) if p in self.objects
+                    ),
                     "shards": array.shards,
                     "shard_shape": list(array.spec.shard_shape),
                     "chunk_shape": list(array.spec.chunk_shape),

@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datamodules.store import NotFound, Store
 
 from .array import Array
-from .crc import crc32c
-from .dataset import METADATA, Dataset, ObjectInfo
+from .codecs import BadChunk
+from .dataset import BLOCK_BYTES, METADATA, Dataset, ObjectInfo
 from .errors import DataError
-from .layout import CHECKSUM_BYTES
-from .shard import computed_index, decode_index
-
-BLOCK_BYTES = 16 * 2**20
+from .layout import ABSENT
+from .shard import decode_chunk, decode_index, index_of
 
 
 def verify(source: str | Store, deep: bool = True, threads: int = 4) -> list[str]:
@@ -54,13 +52,15 @@ def _where(dataset: Dataset, info: ObjectInfo, array: Array, k: int) -> str:
     spec = array.spec
     tail = dataset.store.read_range(info.path, info.size - spec.index_bytes, info.size)
     try:
-        if (decode_index(spec, tail, info.path) != computed_index(spec, k)).any():
-            return " (in the shard index)"
+        index = decode_index(spec, tail, info.path, info.size)
     except DataError:
         return " (in the shard index)"
-    for number in range(spec.present_chunks(k)):
-        start = number * spec.chunk_bytes
-        chunk = dataset.store.read_range(info.path, start, start + spec.chunk_bytes)
-        if crc32c(chunk[:-CHECKSUM_BYTES]) != int.from_bytes(chunk[-CHECKSUM_BYTES:], "little"):
+    present = index[index[:, 0] != ABSENT]
+    if len(present) != spec.present_chunks(k) or (index_of(spec, present[:, 1]) != index).any():
+        return " (in the shard index)"
+    for number, (start, length) in enumerate(present.tolist()):
+        try:
+            decode_chunk(spec, dataset.store.read_range(info.path, start, start + length))
+        except BadChunk:
             return f" (chunk {number} at byte {start})"
-    return ""
+    return " (each chunk is sound: it is another shard)"

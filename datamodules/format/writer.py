@@ -17,6 +17,7 @@ from datamodules.store import NotFound, Store, canonical_json
 
 from . import statistics
 from .dataset import FORMAT, MANIFEST, METADATA, VERSION, ObjectInfo, read_manifest
+from .dtypes import BFLOAT16, from_bfloat16
 from .errors import DataError
 from .layout import ArraySpec
 from .shard import encode_shard
@@ -33,6 +34,19 @@ def first_difference(old: Any, new: Any, path: str = "") -> str:
     return f"{path}: {old!r} -> {new!r}"
 
 
+def check_dimensions(specs: Mapping[str, ArraySpec]) -> None:
+    """ValueError if two arrays give one axis name two extents: xarray opens no such group."""
+    seen: dict[str, tuple[str, int]] = {}
+    for array, spec in specs.items():
+        for name, extent in zip(spec.dimensions, spec.shape, strict=True):
+            other, known = seen.setdefault(name, (array, extent))
+            if known != extent:
+                raise ValueError(
+                    f"axis {name!r} has {known} entries in array {other!r} and {extent} in {array!r}; give the axes of "
+                    f"another resolution names of their own, such as {name}_{extent}"
+                )
+
+
 class Writer:
     """Writes the shards of one data set, from one process or several.
 
@@ -45,6 +59,7 @@ class Writer:
 
     def __init__(self, store: Store, specs: Mapping[str, ArraySpec], identity: Mapping[str, Any]) -> None:
         self.store, self.specs = store, dict(specs)
+        check_dimensions(self.specs)
         arrays = {name: spec.to_json() for name, spec in self.specs.items()}
         self.identity = {**identity, "zarr_layout": hashlib.sha256(canonical_json(arrays)).hexdigest()}
 
@@ -84,7 +99,7 @@ class Writer:
         try:
             record = self.store.read_json(f"{PARTS}/{name}/{k}.json")
             info = ObjectInfo.from_json(record)
-            if self.store.size(info.path) != info.size or not info.matches(self.store.read(info.path)):
+            if not info.at(self.store):
                 return None
         except (NotFound, KeyError, ValueError):
             return None
@@ -97,14 +112,24 @@ class Writer:
 
         With `train` = [start, stop) on axis 0, the record has the moments of the entries within it, per channel.
         """
-        spec, path = self.specs[name], self._path(name, k)
-        data = encode_shard(spec, k, values)
-        record = ObjectInfo.of(path, data).to_json()
+        spec = self.specs[name]
+        moments = None
         if train is not None and "channel" in spec.dimensions:
             base = k * spec.shard_length
             chosen = values[max(0, train[0] - base) : max(0, train[1] - base)]
-            record["statistics"] = statistics.partial(chosen, spec.dimensions.index("channel"))
-        self.store.write(path, data.data)
+            chosen = from_bfloat16(chosen) if spec.dtype == BFLOAT16 and chosen.dtype == np.uint16 else chosen
+            moments = statistics.partial(chosen, spec.dimensions.index("channel"))
+        return self.write_bytes(name, k, encode_shard(spec, k, values), moments)
+
+    def write_bytes(
+        self, name: str, k: int, data: np.ndarray | bytearray, moments: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write shard k, encoded already (`ShardEncoder`), and return its record with the moments given."""
+        path = self._path(name, k)
+        record = ObjectInfo.of(path, data).to_json()
+        if moments is not None:
+            record["statistics"] = dict(moments)
+        self.store.write(path, data if isinstance(data, bytearray) else data.data)
         self.store.write_json(f"{PARTS}/{name}/{k}.json", record)
         return record
 

@@ -87,7 +87,7 @@ def test_a_window_is_one_byte_range(url):
     main = Dataset.open(url).main
     frame = 2 * 6 * 8 * 4 + 4
     (piece,) = main.plan((3,), 1, 3)  # second trajectory of the second shard, frames 1 and 2
-    assert piece == ("fields/c/1/0/0/0/0", 5 * frame, 7 * frame, 2, 0, 2, 0)
+    assert piece[:7] == ("fields/c/1/0/0/0/0", 5 * frame, 7 * frame, 2, 0, 2, 0)
 
 
 def test_ranges_of_several_windows_can_be_coalesced(url):
@@ -194,15 +194,14 @@ def test_reads_what_zarr_python_writes(tmp_path, empty):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"compressors": "zstd"}, "codecs=.* cannot be read"),
+        ({"compressors": zarr.codecs.BloscCodec()}, "codecs=.*'blosc'.*cannot be read"),
         ({"shards": None, "chunks": (1, 1, 2, 6, 8)}, "not sharded"),
-        ({"chunks": (1, 1, 2, 3, 8), "compressors": zarr.codecs.Crc32cCodec()}, "cannot be read in windows"),
+        ({"serializer": zarr.codecs.BytesCodec(endian="big")}, "big-endian"),
+        ({"chunk_key_encoding": {"name": "v2", "separator": "/"}}, "default encoding"),
     ],
 )
 def test_refuses_arrays_that_it_cannot_read(tmp_path, change, message):
     settings_ = {"shards": (2, 4, 2, 6, 8), "chunks": (1, 1, 2, 6, 8), "compressors": None, **change}
-    if settings_["compressors"] == "zstd":
-        settings_["compressors"] = zarr.codecs.ZstdCodec()
     zarr.create_array(str(tmp_path), name="u", shape=FIELDS.shape, dtype="f4", dimension_names=FIELD_AXES, **settings_)
     with pytest.raises(DataError, match=message):
         Array.open(Store(str(tmp_path)), "u")
