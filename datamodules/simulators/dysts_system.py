@@ -1,0 +1,141 @@
+"""Any system of the package `dysts` (Gilpin, arXiv 2110.05266) by name: flows, delay equations and maps.
+
+The package is optional: `pip install dysts`. It integrates with its own solvers, one trajectory after the other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fields import SimulationConfig, trajectory_rng
+from .trajectories import Trajectories
+
+MODULES = ("dysts.flows", "dysts.maps")
+
+
+@dataclass
+class DystsConfig(SimulationConfig):
+    """Data set of one system of dysts; see `SimulationConfig` for the rest.
+
+    system: its class name, such as Lorenz or HenonMap. dt_save: in periods of its dominant oscillation as dysts lists them;
+    iterations for a map (a whole number). burn_in: frames dropped at the start.
+    spread: standard deviation of the initial state around the listed one, relative to each component.
+    method, rtol, atol: of scipy's solve_ivp; Radau is for stiff systems. Without effect on delay equations and maps.
+    """
+
+    frames: int = 512
+    dt_save: float = 0.02
+    system: str = "Lorenz"
+    burn_in: int = 100
+    spread: float = 0.01
+    method: str = "RK45"
+    rtol: float = 1e-9
+    atol: float = 1e-9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.need_positive("rtol", "atol")
+        if self.burn_in < 0:
+            raise ValueError(f"burn_in={self.burn_in}: must be >= 0")
+        if self.spread < 0:
+            raise ValueError(f"spread={self.spread}: must be >= 0")
+
+
+def find_system(name: str) -> Any:
+    """An instance of the system; ValueError if dysts is not installed or has no such system."""
+    known: dict[str, type] = {}
+    for module in MODULES:
+        try:
+            members = vars(importlib.import_module(module))
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "dysts":
+                raise
+            raise ValueError(f"system={name}: needs the package dysts; pip install dysts") from error
+        # What the module defines itself: base classes are imported into it.
+        known |= {key: value for key, value in members.items() if getattr(value, "__module__", "") == module}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see dysts.systems.get_attractor_list()"
+        raise ValueError(f"system={name}: dysts has no such system; {hint}")
+    return known[name]()
+
+
+class DystsSystem(Trajectories):
+    """Generator; channels are x0, x1, ... after dysts' own mapping of unbounded components to bounded ones."""
+
+    config_class: ClassVar[type[SimulationConfig]] = DystsConfig
+    equation = "a system of the package dysts, see parameters.system"
+
+    def __init__(self, config: Any, seed: int, shard_bytes: int) -> None:
+        self.system = find_system(config.system)
+        if not hasattr(self.system, "ic"):
+            raise ValueError(f"system={config.system}: dysts lists no initial state for it; choose another system")
+        self.is_map = not hasattr(self.system, "period")
+        if self.is_map and config.dt_save != round(config.dt_save):
+            raise ValueError(f"dt_save={config.dt_save}: must be a whole number of iterations for a map")
+        super().__init__(config, seed, shard_bytes)
+
+    def components(self) -> tuple[str, ...]:
+        size = np.atleast_1d(self.system.ic).size if self.is_map else int(self.system.dimension)
+        return tuple(f"x{i}" for i in range(size))
+
+    def description(self) -> dict[str, Any]:
+        return {**super().description(), "units": {"time": "iteration" if self.is_map else "period"}}
+
+    def fixed(self) -> dict[str, Any]:
+        found = {
+            "system": self.config.system,
+            "values": {k: np.asarray(v).tolist() for k, v in self.system.params.items()},
+        }
+        if not self.is_map:
+            found["period"] = float(self.system.period)
+            found["largest_lyapunov_exponent"] = float(self.system.maximum_lyapunov_estimated)
+        return found
+
+    def solver(self) -> dict[str, Any]:
+        c = self.config
+        return {"package": "dysts", "method": c.method, "rtol": c.rtol, "atol": c.atol, "precision": "float64"}
+
+    def source(self) -> dict[str, Any]:
+        try:
+            return {"dysts": importlib.metadata.version("dysts")}
+        except importlib.metadata.PackageNotFoundError:
+            return {"dysts": "unknown"}
+
+    def initial(self, rng: np.random.Generator) -> np.ndarray:
+        listed = np.asarray(self.system.ic, np.float64)
+        return np.asarray(listed * (1 + self.config.spread * rng.standard_normal(listed.shape)))
+
+    def solve(self, seeds: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([self.trajectory(seed) for seed in seeds]))
+
+    def trajectory(self, seed: int) -> np.ndarray:
+        """The frames [frames, C] of the trajectory of this seed."""
+        c = self.config
+        start = self.initial(trajectory_rng(seed, "initial"))
+        if self.is_map:
+            every = round(c.dt_save)
+            series = self.system.make_trajectory((c.burn_in + c.frames) * every, init_cond=start)
+        else:
+            n, every = c.burn_in + c.frames, 1
+            # dysts spreads n points over n / pts_per_period periods, both ends included.
+            points = n / ((n - 1) * c.dt_save)
+            options = {"method": c.method, "rtol": c.rtol, "atol": c.atol}
+            series = self.system.make_trajectory(n, init_cond=start, pts_per_period=points, **options)
+        if series is None:
+            raise ValueError(
+                f"system={c.system}: dysts could not integrate a trajectory; use a smaller spread or Radau"
+            )
+        series = np.asarray(series, np.float64).reshape(-1, len(self.channels))
+        return series[every - 1 :: every][c.burn_in :]
+
+    def unstable(self) -> str:
+        return f"system={self.config.system}"
