@@ -72,6 +72,18 @@ def stdlib_documents(seed: int, max_bytes: int, root: str | None = None) -> list
     return documents
 
 
+def document_splits(sizes: np.ndarray, validation: float, test: float) -> tuple[int, int]:
+    """Number of documents before the validation split and before the test split, nearest to the shares of all sizes.
+
+    ValueError if no document is left to train on.
+    """
+    ends = np.cumsum([0, *sizes.tolist()])
+    first, second = (int(np.abs(ends - share * ends[-1]).argmin()) for share in (1.0 - validation - test, 1.0 - test))
+    if first == 0:
+        raise ValueError(f"validation={validation}, test={test}: leave no document to train on")
+    return first, second
+
+
 class StdlibText:
     """Generator of byte tokens, array `tokens` [token] uint8: documents, each followed by a zero byte.
 
@@ -95,13 +107,10 @@ class StdlibText:
 
     def _splits(self) -> dict[str, list[int]]:
         """Train, validation, test in the order of the documents, cut at the document boundaries nearest to their shares."""
-        ends = np.cumsum([0] + [len(content) + 1 for _, content in self._documents])
-        shares = (1.0 - self.config.validation - self.config.test, 1.0 - self.config.test)
-        first, second = (int(ends[np.abs(ends - share * ends[-1]).argmin()]) for share in shares)
-        if first == 0:
-            raise ValueError(
-                f"validation={self.config.validation}, test={self.config.test}: leave no document to train on"
-            )
+        sizes = np.array([len(content) + 1 for _, content in self._documents])
+        cuts = document_splits(sizes, self.config.validation, self.config.test)
+        first, second = (int(sizes[:cut].sum()) for cut in cuts)
+        ends = np.cumsum(sizes)
         return split_ranges(train=first, validation=second - first, test=int(ends[-1]) - second)
 
     def specs(self) -> dict[str, ArraySpec]:

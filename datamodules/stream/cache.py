@@ -21,7 +21,7 @@ from datamodules.format import DataError
 from datamodules.format.crc import crc32
 from datamodules.store import OutOfSpace
 
-BLOCK = 8 << 20  # bytes of one range request of a download
+BLOCK = 4 << 20  # bytes of one range request of a download
 PARALLEL = 4  # range requests in flight for one download
 _STRIPES = 64  # number of lock files; two shards that share one only wait for each other
 _serial = itertools.count()
@@ -83,6 +83,10 @@ class ShardCache:
             f"{source.url}/{path}: corrupt: the checksum of two downloads differs from the manifest's; "
             f"delete this object and run `keel data make` again"
         )
+
+    def held(self, fingerprint: str, path: str, size: int) -> int | None:
+        """File descriptor (the caller closes it) of the shard's verified copy, or ``None`` if it is not there."""
+        return self._open(self._target(fingerprint, path), size)
 
     def drop(self, fingerprint: str, path: str) -> None:
         """Forget a shard whose cached copy turned out bad, so that the next ``open`` downloads it again."""

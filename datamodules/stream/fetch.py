@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,39 +14,17 @@ from torch import Tensor
 from datamodules.format import DataError, Dataset, Piece
 from datamodules.store import NoBucket, NotFound, ShortRead
 
+from .buffers import Pool, Rows, Slab
 from .cache import ShardCache
+from .direct import Direct
 from .files import File, Files, Scratch
-from .windows import Windows
+from .metrics import Metrics
+from .watch import Watch
+from .windows import Ids, Located, Windows
 
 REMOTE_GAP = 256 << 10  # bytes that cost less to read and drop than a second request does
+WASTE = 8  # but at most one byte in so many is read to be dropped
 MAX_BLOCK = 16 << 20  # bytes of one coalesced request
-
-
-@dataclass
-class Metrics:
-    """Counters of a stream since it was made; ``snapshot`` copies them.
-
-    ``fetched``: bytes that came from the store; ``used``: bytes of the batches made; ``wait``: seconds that the consumer
-    waited for a batch; ``hits`` and ``misses``: cached shards opened and downloaded.
-    """
-
-    batches: int = 0
-    samples: int = 0
-    fetched: int = 0
-    used: int = 0
-    wait: float = 0.0
-    hits: int = 0
-    misses: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def add(self, **amounts: float) -> None:
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
-
-    def snapshot(self) -> dict[str, float]:
-        with self._lock:
-            return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 class Block(NamedTuple):
@@ -63,69 +39,186 @@ class Block(NamedTuple):
 def coalesce(pieces: Sequence[tuple[Piece, int]], gap: int) -> list[Block]:
     """Ranges that cover all (piece, row), merging those of one object that are at most ``gap`` bytes apart.
 
-    Blocks grow to ``MAX_BLOCK`` bytes at most, unless a single piece is larger or pieces overlap.
+    Blocks grow to ``MAX_BLOCK`` bytes at most, unless a single piece is larger or pieces overlap, and gaps make up at most
+    an eighth of a block.
     """
     blocks: list[Block] = []
+    dropped = 0  # bytes of the last block that nobody wants
     for piece, row in sorted(pieces, key=lambda p: (p[0].path, p[0].start, p[0].stop)):
         last = blocks[-1] if blocks else None
         if last is not None and last.path == piece.path and piece.start <= last.stop + gap:
             stop = max(last.stop, piece.stop)
-            if piece.start < last.stop or stop - last.start <= MAX_BLOCK:
+            unused = dropped + max(0, piece.start - last.stop)
+            small = stop - last.start <= MAX_BLOCK and unused * WASTE <= stop - last.start
+            if piece.start < last.stop or small:
                 last.members.append((piece, row))
-                blocks[-1] = last._replace(stop=stop)
+                blocks[-1], dropped = last._replace(stop=stop), unused
                 continue
         blocks.append(Block(piece.path, piece.start, piece.stop, [(piece, row)]))
+        dropped = 0
     return blocks
 
 
+class Target(NamedTuple):
+    """Where a batch goes: the tensor [B, *shape], and the slab that it views, if any."""
+
+    data: Tensor
+    slab: Slab | None
+
+
 class Reader:
-    """Reads batches of ``windows`` of ``dataset``; safe to use from several threads.
+    """Reads batches of ``windows`` of ``dataset``; safe to use from several threads; a copy by pickle is independent.
+
+    Local data sets, and remote ones with a ``cache``, are read as files; remote ones without, by ranges. ``always``: verify
+    checksums at every read of a file, not only at the first of this process.
 
     ``batch`` raises ``DataError`` for bytes that do not match their checksum (after reading them once more, unless the
-    data set is local), and for missing or truncated objects, and ``StoreError`` where the store fails.
+    data set is local), for missing or truncated objects and for a data set that changed meanwhile, and ``StoreError``
+    where the store fails.
     """
 
-    def __init__(self, dataset: Dataset, windows: Windows, cache: ShardCache | None, metrics: Metrics) -> None:
-        self.dataset, self.windows, self.metrics = dataset, windows, metrics
+    def __init__(
+        self, dataset: Dataset, windows: Windows, cache: ShardCache | None, metrics: Metrics, always: bool = False
+    ) -> None:
+        self.dataset, self.windows, self.metrics, self.always = dataset, windows, metrics, always
         self.cache = None if dataset.store.is_local else cache
         self.gap = 0 if dataset.store.is_local or cache else REMOTE_GAP
-        self._files = Files()
-        self._scratch = Scratch()
+        self._files, self._scratch, self._pool, self._watch = Files(), Scratch(), Pool(), Watch(dataset)
+        self._paths: dict[int, str] = {}  # of shards; making one takes longer than reading a small sample
+        suits = (dataset.store.is_local or self.cache is not None) and Direct.suits(windows.array)
+        self._direct = Direct(windows.array, windows.entries, always) if suits else None
+        self._same = windows.array.spec.value_dtype == torch.empty(0, dtype=windows.dtype).numpy().dtype
+        self._same &= windows.array.spec.value_dtype == windows.array.spec.numpy_dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, (self.dataset, self.windows, self.cache, self.metrics, self.always)
 
     @property
     def sample_bytes(self) -> int:
         """Bytes of one sample in a batch."""
         return int(np.prod(self.windows.shape)) * self.windows.dtype.itemsize
 
-    def batch(self, samples: NDArray[np.int64]) -> dict[str, Tensor]:
-        """``{key: [B, *shape], "index": int64 [B]}`` in this order of samples; pinned once CUDA is in use."""
-        pin = torch.cuda.is_initialized()
-        data = torch.empty((len(samples), *self.windows.shape), dtype=self.windows.dtype, pin_memory=pin)
-        index = torch.from_numpy(np.array(samples, np.int64))
-        rows, plan, window = data.numpy(), self.windows.array.plan, self.windows.window
-        pieces = [(piece, row) for row, sample in enumerate(samples.tolist()) for piece in plan(*window(sample))]
+    @property
+    def caches(self) -> int:
+        """Bytes of the cache of shards that it reads through; 0 for none."""
+        return self.cache.capacity if self.cache is not None else 0
+
+    def batch(self, samples: Ids, wait: bool = True) -> dict[str, Tensor]:
+        """The windows' entries and ``index``, int64 [B], in this order of samples; pinned once CUDA is in use.
+
+        With ``wait=False`` shards that are not in the cache are not downloaded but read by ranges: slower in the long run,
+        sooner for a first batch.
+        """
+        target = self.target(len(samples))
+        self.fill(samples, target, wait=wait)
+        ids = np.array(samples, np.int64)
+        return self.finish(
+            {**self.windows.views(target.data), **self.windows.labels(ids), "index": torch.from_numpy(ids)}
+        )
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pin what is not (views of pinned memory are) once CUDA is in use, and count."""
+        self.metrics.add(batches=1)
+        if not torch.cuda.is_initialized():
+            return batch
+        return {name: value if value.is_pinned() else value.pin_memory() for name, value in batch.items()}
+
+    def target(self, rows: int) -> Target:
+        """Memory of a batch. Pinned memory is torch's own, which knows when copies to a device have ended."""
+        shape, dtype = (rows, *self.windows.shape), self.windows.dtype
+        if torch.cuda.is_initialized():
+            return Target(torch.empty(shape, dtype=dtype, pin_memory=True), None)
+        direct = self._direct
+        if direct is None or not self._same or self.windows.entries % direct.length or not rows:
+            return Target(torch.empty(shape, dtype=dtype), None)
+        slab, lent = self._pool.take(rows, direct.chunks, direct.payload)
+        return Target(torch.from_numpy(lent).view(dtype).view(shape), slab)
+
+    def fill(self, samples: Ids, target: Target, rows: Ids | None = None, wait: bool = True) -> None:
+        """Read ``samples`` into the ``rows`` of a target (all of them, in order, if not given)."""
+        self._watch.check()
+        at = self.windows.locate(samples)
+        if self._direct is None or not self._fill_direct(self._direct, at, target, rows, wait):
+            self._fill_ranges(at, target.data.numpy(), rows, wait)
+        self.metrics.add(samples=len(samples), used=len(samples) * self.sample_bytes)
+
+    def _fill_direct(self, direct: Direct, at: Located, target: Target, rows: Ids | None, wait: bool) -> bool:
+        """From files, if all of them are there and intact."""
+        array, count = self.windows.array, len(at.start)
+        raw: NDArray[np.uint8] | None
+
+        def file(k: int) -> File | None:
+            path = self._paths.get(k) or self._paths.setdefault(k, array.shard_path(k))
+            return self._file(path, wait)
+
+        if direct.whole(at):
+            slab, raw = target.slab, None
+            place: Slab | Rows
+            if slab is not None and slab.fits(direct.chunks, direct.payload):
+                place = slab if rows is None else slab.select(rows)
+            else:
+                place, raw = self._pool.take(count, direct.chunks, direct.payload)
+            if not direct.read_whole(at, place, file):
+                return False
+            fetched = count * direct.chunks * direct.size
+        else:
+            raw = np.empty(count * direct.entries * direct.entry, np.uint8)
+            if not direct.read_parts(at, raw.reshape(count, direct.entries, direct.entry), file):
+                return False
+            fetched = raw.nbytes
+        if raw is not None:
+            self._convert(raw, target.data, rows)
+        if self.dataset.store.is_local:
+            self.metrics.add(fetched=fetched)
+        return True
+
+    def _convert(self, raw: NDArray[np.uint8], out: Tensor, rows: Ids | None) -> None:
+        """Stored bytes to values of the batch."""
+        spec, shape = self.windows.array.spec, (-1, *self.windows.shape)
+        if spec.value_dtype != spec.numpy_dtype:  # bits of bfloat16
+            values = torch.from_numpy(raw).view(torch.bfloat16).view(shape).to(out.dtype).numpy()
+        else:
+            values = raw.view(spec.numpy_dtype).reshape(shape)
+        out.numpy()[slice(None) if rows is None else rows] = values
+
+    def _fill_ranges(self, at: Located, out: NDArray[np.generic], rows: Ids | None, wait: bool) -> None:
+        pieces = self._pieces(at, rows)
         blocks = coalesce(pieces, self.gap)
-        for block, content in self._contents(blocks):
+        for block, content in self._contents(blocks, wait):
             try:
-                self._decode(block, content, rows)
+                self._decode(block, content, out)
             except DataError:
+                self._watch.check(now=True)
                 if self.dataset.store.is_local:
                     raise  # the file is what it is
-                self._decode(block, self._again(block), rows)
-        local = sum(block.stop - block.start for block in blocks) if self.dataset.store.is_local else 0
-        self.metrics.add(batches=1, samples=len(samples), used=data.nbytes, fetched=local)
-        return {self.windows.key: data, "index": index.pin_memory() if pin else index}
+                self._decode(block, self._again(block), out)
+        if self.dataset.store.is_local:
+            self.metrics.add(fetched=sum(block.stop - block.start for block in blocks))
+
+    def _pieces(self, at: Located, rows: Ids | None) -> list[tuple[Piece, int]]:
+        """The pieces of each window with the row that they go to."""
+        plan, entries, found = self.windows.array.plan, self.windows.entries, []
+        where = range(len(at.start)) if rows is None else rows.tolist()
+        for row, lead, start, step in zip(where, at.lead.tolist(), at.start.tolist(), at.step.tolist(), strict=True):
+            index = (lead,) if self.windows.array.window_axis else ()
+            if step == 1:
+                found += [(piece, row) for piece in plan(index, start, start + entries)]
+                continue
+            for i in range(entries):
+                begin = start + i * step
+                found += [(piece._replace(offset=i), row) for piece in plan(index, begin, begin + 1)]
+        return found
 
     def _decode(self, block: Block, content: memoryview, rows: NDArray[np.generic]) -> None:
         for piece, row in block.members:
             self.windows.array.decode(piece, content[piece.start - block.start : piece.stop - block.start], rows[row])
 
-    def _contents(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, memoryview]]:
+    def _contents(self, blocks: Sequence[Block], wait: bool = True) -> Iterator[tuple[Block, memoryview]]:
         """Each block with its bytes, valid until the next: from files where there are any, the others in one request."""
         remote: list[Block] = []
         for path, group in groupby(blocks, key=lambda block: block.path):
             members = list(group)
-            file = self._file(path)
+            file = self._file(path, wait)
             for block in members:
                 content = file.read(block.start, block.stop, self._scratch) if file else None
                 if content is None:
@@ -139,6 +232,7 @@ class Reader:
         except NoBucket:
             raise
         except (ShortRead, NotFound) as error:  # the manifest lists the object, so the data set is damaged
+            self._watch.check(now=True)
             raise DataError(str(error)) from error
         self.metrics.add(fetched=sum(map(len, fetched)))
         for block, data in zip(remote, fetched, strict=True):
@@ -151,17 +245,35 @@ class Reader:
             self._files.forget(block.path)
         return next(self._contents([block]))[1]
 
-    def _file(self, path: str) -> File | None:
+    def shard_sizes(self, samples: Ids) -> dict[str, int]:
+        """Paths and bytes of the shards that samples lie in."""
+        array, at = self.windows.array, self.windows.locate(samples)
+        first, last = (at.lead, at.lead) if array.window_axis else (at.start, at.start + self.windows.entries - 1)
+        shards = np.unique(np.concatenate([first, last]) // array.shard_length)
+        paths = [array.shard_path(k) for k in shards.tolist()]
+        return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
+
+    def cached(self, path: str) -> bool:
+        """Whether a shard is a file here now; downloads it if not and if there is room."""
+        return self._file(path, wait=True) is not None
+
+    def _file(self, path: str, wait: bool = True) -> File | None:
         """The shard as a file: the data set's own or the cached copy. ``None``: ask the store, which also tells what is wrong."""
         store, cache = self.dataset.store, self.cache
         if store.is_local:
             return self._files.get(path, lambda: File.open(store.local_path(path)))
         if cache is None:
             return None
-        info = self.dataset.objects[path]
+        info = self.dataset.objects.get(path)
+        if info is None:
+            return None
 
         def fetch() -> File | None:
-            descriptor, fetched = cache.open(store, self.dataset.fingerprint, path, info.size, info.crc32)
+            fingerprint, fetched = self.dataset.fingerprint, 0
+            if wait:
+                descriptor, fetched = cache.open(store, fingerprint, path, info.size, info.crc32)
+            else:
+                descriptor = cache.held(fingerprint, path, info.size)
             self.metrics.add(
                 fetched=fetched, misses=int(fetched > 0), hits=int(fetched == 0 and descriptor is not None)
             )

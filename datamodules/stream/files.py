@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 
 OPEN_FILES = 128
 OPEN_SECONDS = (
@@ -39,6 +40,12 @@ class File:
             return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return None
+
+    @cached_property
+    def identity(self) -> tuple[int, ...]:
+        """Device, inode and size: another file under the same name has another one."""
+        status = os.fstat(self.descriptor)
+        return status.st_dev, status.st_ino, status.st_size
 
     def read(self, start: int, stop: int, scratch: Scratch) -> memoryview | None:
         """Bytes ``[start, stop)``, valid until the thread's next read; ``None`` if the file ends before or fails."""

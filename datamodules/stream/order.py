@@ -90,6 +90,10 @@ class Order:
         self.window = min(window, self.groups)
         self.deficit = self.groups * self.group - n  # samples that the last group lacks
 
+    def identity(self) -> dict[str, int]:
+        """What decides the order, for the state of a stream."""
+        return {"seed": self.seed, "samples": self.n, "group": self.group, "window": self.window}
+
     def at(self, position: ArrayLike) -> NDArray[np.int64]:
         """Samples at global positions, which run on over epochs: ``order(position // n, position % n)``."""
         p = np.asarray(position, np.int64)

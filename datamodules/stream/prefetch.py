@@ -1,4 +1,4 @@
-"""Ordered read-ahead with a few threads."""
+"""Ordered read-ahead with a few threads, in which a consumer that finds nothing ready works along instead of waiting."""
 
 from __future__ import annotations
 
@@ -6,13 +6,47 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 THREADS = "keel-stream"  # prefix of the names of the threads
+
+
+class _Job(Generic[T, R]):
+    """One item: whoever gets ``claim`` works on it; ``ready`` is free once that is done."""
+
+    __slots__ = ("claim", "error", "item", "ready", "result")
+
+    def __init__(self, item: T) -> None:
+        self.item = item
+        self.claim, self.ready = threading.Lock(), threading.Lock()
+        self.ready.acquire()
+        self.result: R | None = None
+        self.error: BaseException | None = None
+
+    def run(self, work: Callable[[T], R]) -> None:
+        try:
+            self.result = work(self.item)
+        except BaseException as error:
+            self.error = error
+        self.ready.release()
+
+    def take(self) -> R:
+        """The result, once; raises what ``work`` raised."""
+        if self.error is not None:
+            raise self.error
+        result, self.result = self.result, None
+        return result  # type: ignore[return-value]
+
+
+def _serve(work: Callable[[T], R], jobs: SimpleQueue[_Job[T, R] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        if job.claim.acquire(blocking=False):
+            job.run(work)
+        del job  # while waiting for the next, this thread keeps no batch alive
 
 
 def prefetch(
@@ -20,31 +54,52 @@ def prefetch(
 ) -> Generator[R, None, None]:
     """``map(work, items)`` in order, with up to ``depth`` items in the making or ready ahead of the consumer.
 
-    Nothing starts before the first ``next``. ``depth=0`` works in the consumer's thread. ``waited`` gets the seconds that
-    the consumer spent waiting for each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
+    Nothing starts before the first ``next``. An item that no thread has begun when its turn comes is worked on in the
+    consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. ``waited`` gets the
+    seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
     threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage collected.
     """
     source = iter(items)
-    if depth < 1:
-        for item in source:
-            begin = time.perf_counter()
-            result = work(item)
-            waited(time.perf_counter() - begin)
-            yield result
-        return
-    pool = ThreadPoolExecutor(min(threads, depth), thread_name_prefix=THREADS)
-    ahead: deque[Future[R]] = deque()
+    jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
+    pool = [
+        threading.Thread(target=_serve, args=(work, jobs), name=f"{THREADS}-{i}", daemon=True)
+        for i in range(min(threads, depth))
+    ]
+    ahead: deque[_Job[T, R]] = deque()
+
+    def plan(count: int) -> None:
+        for item in islice(source, count):
+            job: _Job[T, R] = _Job(item)
+            ahead.append(job)
+            if pool:
+                jobs.put(job)
+
     try:
-        ahead.extend(pool.submit(work, item) for item in islice(source, depth))
+        for thread in pool:
+            thread.start()
+        plan(max(1, depth))
         while ahead:
             begin = time.perf_counter()
-            result = ahead.popleft().result()
+            job = ahead.popleft()
+            if depth:
+                plan(1)
+            if job.claim.acquire(blocking=False):
+                job.run(work)
+            else:
+                job.ready.acquire()
+            result = job.take()
             waited(time.perf_counter() - begin)
-            ahead.extend(pool.submit(work, item) for item in islice(source, 1))
+            del job
             yield result
             del result  # the consumer alone decides how long a batch lives
+            if not depth:
+                plan(1)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for job in ahead:
+            job.claim.acquire(blocking=False)
+        for _ in pool:
+            jobs.put(None)
         # The garbage collector may run this in one of the threads themselves, which cannot wait for its own end.
         if not threading.current_thread().name.startswith(THREADS):
-            pool.shutdown(wait=True)
+            for thread in pool:
+                thread.join()

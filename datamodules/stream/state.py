@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from datamodules.format import DataError
 
-from .order import Order
+
+class Ordered(Protocol):
+    """What a state needs of an order."""
+
+    @property
+    def n(self) -> int:
+        """Samples of an epoch."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order: plain numbers and strings."""
 
 
-def save(fingerprint: str, order: Order, position: int) -> dict[str, Any]:
-    """State at global ``position``, which runs on over epochs. Plain numbers and strings."""
+def save(fingerprint: str, order: Ordered, position: int, sampling: str = "") -> dict[str, Any]:
+    """State at global ``position``, which runs on over epochs. Plain numbers and strings.
+
+    ``sampling``: what sample ids mean, see ``Windows.identity``.
+    """
     epoch, within = divmod(position, order.n)
-    return {"epoch": epoch, "position": within, **_identity(fingerprint, order)}
+    return {"epoch": epoch, "position": within, **_identity(fingerprint, order, sampling)}
 
 
-def restore(state: Mapping[str, Any], fingerprint: str, order: Order) -> int:
+def restore(state: Mapping[str, Any], fingerprint: str, order: Ordered, sampling: str = "") -> int:
     """Global position of a saved state. ``DataError``, saying what differs, if it belongs to another order."""
-    for name, value in _identity(fingerprint, order).items():
+    for name, value in _identity(fingerprint, order, sampling).items():
         if name not in state:
             raise DataError(f"the stream state has no {name!r}; it was not saved by this kind of stream")
         if state[name] != value:
@@ -33,15 +45,9 @@ def restore(state: Mapping[str, Any], fingerprint: str, order: Order) -> int:
     return epoch * order.n + within
 
 
-def _identity(fingerprint: str, order: Order) -> dict[str, Any]:
+def _identity(fingerprint: str, order: Ordered, sampling: str) -> dict[str, Any]:
     """What decides the order: the same position means the same sample only if all of these agree."""
-    return {
-        "fingerprint": fingerprint,
-        "seed": order.seed,
-        "samples": order.n,
-        "group": order.group,
-        "window": order.window,
-    }
+    return {"fingerprint": fingerprint, **order.identity(), **({"sampling": sampling} if sampling else {})}
 
 
 _ADVICE = {
@@ -50,4 +56,6 @@ _ADVICE = {
     "samples": "the split, window length or stride changed; use those that the run began with",
     "group": "the shards or samples of a shard changed; use the settings that the run began with",
     "window": "set window_shards to what the run began with",
+    "mixture": "the sources, their weights or the unit changed; use those that the run began with",
+    "sampling": "the split, window, spacing or pairs changed; use those that the run began with",
 }

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
-from .fetch import Metrics, Reader
+from .ahead import Ahead
+from .metrics import Metrics
 from .order import Order
 from .prefetch import prefetch
 
 Batch = dict[str, Tensor]
 Indices = NDArray[np.int64]
 _BLOCK = 2048  # positions whose order is computed at once
+
+
+class Positions(Protocol):
+    """The order of a stream."""
+
+    def at(self, position: ArrayLike) -> Indices: ...
 
 
 @dataclass(frozen=True)
@@ -73,34 +83,73 @@ class Share:
         return (first[:, None] + np.arange(self.local, dtype=np.int64)).reshape(-1, self.micro)
 
 
+class Source(Protocol):
+    """What a stream reads from: ``Reader``, or several of them as one. Picklable, and a copy is independent."""
+
+    metrics: Metrics
+
+    @property
+    def sample_bytes(self) -> int: ...
+    @property
+    def caches(self) -> int:
+        """Bytes of the cache of shards that it reads through; 0 for none."""
+
+    def batch(self, samples: Indices, wait: bool = True) -> Batch: ...
+    def shard_sizes(self, samples: Indices) -> dict[str, int]: ...
+    def cached(self, path: str) -> bool: ...
+
+
+@dataclass
+class Cursor:
+    """Global position of a stream's owner; called, it tells it."""
+
+    position: int = 0
+
+    def __call__(self) -> int:
+        return self.position
+
+
 class Stream(IterableDataset[Batch]):
     """This rank's micro-batches for ever: epochs follow each other without a gap and nothing is dropped.
+
+    A plain iterable for PyTorch. It reads ahead with threads of its own; where Python work of the consumer starves them,
+    let processes read::
+
+        loader = DataLoader(stream, batch_size=None, num_workers=4)
+
+    The batches and their order are the same for any ``num_workers``: each process makes every fourth. ``start`` is asked
+    when iteration begins, so make the loader again (or leave ``persistent_workers`` off) to go on from another position.
+    Metrics are counted in the processes that read.
 
     Args:
         reader: makes a batch from sample ids.
         order: maps a global position (which runs on over epochs) to a sample.
         share: this rank's part of each global batch.
         start: global position of the first global batch; asked when iteration begins, so that a stream which is iterated
-            again goes on where its owner's position is.
+            again goes on where its owner's position is. Picklable if processes are to read.
         read_ahead: micro-batches in the making or ready ahead of the consumer; 0 reads in the consumer's thread.
         read_ahead_bytes: bound on what they hold together (one is always allowed).
         threads: threads that read.
+        horizon: samples to look ahead for shards to download, with a cache.
     """
 
     def __init__(
         self,
-        reader: Reader,
-        order: Order,
+        reader: Source,
+        order: Positions,
         share: Share,
         start: Callable[[], int] = int,
         *,
         read_ahead: int = 4,
         read_ahead_bytes: int = 256 << 20,
         threads: int = 2,
+        horizon: int = 0,
     ) -> None:
         self.reader, self.order, self.share, self.start = reader, order, share, start
         self.read_ahead, self.read_ahead_bytes, self.threads = read_ahead, read_ahead_bytes, threads
+        self.horizon = horizon
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self._process = os.getpid()
 
     @property
     def metrics(self) -> Metrics:
@@ -118,14 +167,53 @@ class Stream(IterableDataset[Batch]):
         """Samples of the largest micro-batch."""
         return self.share.micro
 
+    def _mine(self) -> Iterator[Indices]:
+        """The indices; in a worker process of a ``DataLoader`` every ``num_workers``-th, as it deals them out in turn."""
+        worker = get_worker_info()
+        return self.indices() if worker is None else islice(self.indices(), worker.id, None, worker.num_workers)
+
     def __iter__(self) -> Generator[Batch, None, None]:
+        if os.getpid() != self._process:  # forked: locks and files of the parent are in whatever state they were
+            self.reader = pickle.loads(pickle.dumps(self.reader))
+            self._running, self._process = weakref.WeakSet(), os.getpid()
         depth = self.read_ahead
         if depth:
             depth = max(1, min(depth, self.read_ahead_bytes // (self.largest() * self.reader.sample_bytes)))
-        metrics = self.metrics
-        batches = prefetch(self.reader.batch, self.indices(), depth, self.threads, lambda s: metrics.add(wait=s))
+        batches = self._batches(depth)
         self._running.add(batches)
         return batches
+
+    def _batches(self, depth: int) -> Generator[Batch, None, None]:
+        reader, metrics = self.reader, self.metrics
+        ahead = None
+        items: Iterator[tuple[Indices, bool]] = ((ids, True) for ids in self._mine())
+        if reader.caches and depth:
+            ahead = Ahead(
+                self._mine(),
+                reader.shard_sizes,
+                reader.cached,
+                reader.caches // 2,
+                self.horizon // self.largest() + depth,
+            )
+            # The first batches do not wait for whole shards: that is what the time to a first batch would be.
+            items = ((ids, i >= depth) for i, ids in enumerate(self._mine()))
+
+        def counted(seconds: float) -> None:
+            metrics.add(wait=seconds)
+
+        def paced() -> Iterator[tuple[Indices, bool]]:
+            for item in items:
+                if ahead is not None:
+                    ahead.advance()
+                yield item
+
+        batches = prefetch(lambda item: reader.batch(*item), paced(), depth, self.threads, counted)
+        try:
+            yield from batches
+        finally:
+            batches.close()
+            if ahead is not None:
+                ahead.close()
 
     def close(self) -> None:
         """End the threads of all iterations; a later iteration starts afresh."""
@@ -134,15 +222,19 @@ class Stream(IterableDataset[Batch]):
         self._running.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a Stream reads with threads of its own; use it without worker processes (num_workers=0)")
+        return {key: value for key, value in self.__dict__.items() if key not in ("_running", "_process")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._running, self._process = weakref.WeakSet(), os.getpid()
 
 
 class FiniteStream(Stream):
     """Given batches of sample ids, once: for validation and evaluation. Has a length."""
 
-    def __init__(self, reader: Reader, batches: Sequence[Indices], **options: Any) -> None:
-        order = Order(reader.windows.samples, reader.windows.group, 1, 0, shuffle=False)
-        super().__init__(reader, order, Share(max(map(len, batches), default=1)), **options)
+    def __init__(self, reader: Source, batches: Sequence[Indices], **options: Any) -> None:
+        largest = max(map(len, batches), default=1)
+        super().__init__(reader, Order(largest, 1, 1, 0, shuffle=False), Share(largest), **options)
         self.batches = list(batches)
 
     def __len__(self) -> int:

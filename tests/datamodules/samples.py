@@ -8,7 +8,8 @@ import numpy as np
 
 from datamodules.format import ArraySpec, Dataset, write_dataset
 from datamodules.stream.cache import ShardCache
-from datamodules.stream.fetch import Metrics, Reader
+from datamodules.stream.fetch import Reader
+from datamodules.stream.metrics import Metrics
 from datamodules.stream.prefetch import THREADS
 from datamodules.stream.windows import FieldWindows
 

@@ -12,7 +12,8 @@ import torch
 from datamodules.format import DataError, Dataset, Piece
 from datamodules.store import Store
 from datamodules.stream.cache import ShardCache
-from datamodules.stream.fetch import MAX_BLOCK, Metrics, Reader, coalesce
+from datamodules.stream.fetch import MAX_BLOCK, Reader, coalesce
+from datamodules.stream.metrics import Metrics
 from datamodules.stream.order import Order
 from datamodules.stream.stream import Share, Stream
 from datamodules.stream.windows import FieldWindows, TokenWindows, Windows
@@ -90,7 +91,8 @@ def test_coalesce_merges_neighbours_of_one_object() -> None:
     blocks = coalesce([piece("b", 0, 10), piece("a", 30, 40), piece("a", 0, 10), piece("a", 10, 20)], gap=0)
     assert [block[:3] for block in blocks] == [("a", 0, 20), ("a", 30, 40), ("b", 0, 10)]
     assert [len(block.members) for block in blocks] == [2, 1, 1]
-    assert [b[:3] for b in coalesce([piece("a", 0, 10), piece("a", 18, 20)], gap=8)] == [("a", 0, 20)]
+    assert [b[:3] for b in coalesce([piece("a", 0, 60), piece("a", 68, 80)], gap=8)] == [("a", 0, 80)]
+    assert len(coalesce([piece("a", 0, 10), piece("a", 18, 20)], gap=8)) == 2  # would drop 8 bytes of 20
     assert len(coalesce([piece("a", 0, MAX_BLOCK), piece("a", MAX_BLOCK, MAX_BLOCK + 1)], gap=0)) == 2
     assert [b[:3] for b in coalesce([piece("a", 0, 9), piece("a", 2, 5)], gap=0)] == [("a", 0, 9)]
     assert coalesce([], gap=0) == []

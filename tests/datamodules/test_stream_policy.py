@@ -1,0 +1,198 @@
+"""What is fetched and kept: whole shards or ranges, ahead of need but bounded; memory used again; data that change."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.data import FieldsConfig, FieldsData
+from datamodules.format import DataError, Dataset
+from datamodules.store import Store
+from datamodules.stream.ahead import Ahead
+from datamodules.stream.buffers import KEEP, PAGE, Pool
+from datamodules.stream.fetch import Reader
+from datamodules.stream.metrics import Metrics
+from datamodules.stream.watch import Watch
+from datamodules.stream.windows import FieldWindows
+
+from .samples import field_values, fields_reader, stream_threads, write_fields
+
+FRAME = 2 * 4 * 4 * 4 + 4  # bytes with checksum
+
+
+def data_of(url: str, tmp_path: Path, **config: Any) -> FieldsData:
+    given = {"url": url, "frames": 2, "window_shards": 2, "cache": str(tmp_path), **config}
+    return FieldsData(FieldsConfig(**given), global_batch=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "cached"),
+    [
+        ({}, True),
+        ({"stride": 7}, False),  # an epoch uses 2 of 7 frames
+        ({"train": "0:2"}, True),
+        ({"cache_bytes": 5000}, False),  # too small for the shards in use
+        ({"cache_bytes": 0}, False),
+        ({"fetch": "ranges"}, False),
+        ({"fetch": "shards", "stride": 7}, True),
+    ],
+)
+def test_auto_takes_shards_that_will_be_used(memory: str, tmp_path: Path, config: dict[str, Any], cached: bool) -> None:
+    write_fields(memory)
+    data = data_of(memory, tmp_path, **config)
+    reader = data.reader(data.config.train, window_shards=2)
+    assert (reader.cache is not None) == cached
+    values, ids = field_values(10, 7), np.arange(2)
+    batch = reader.batch(ids)
+    assert np.array_equal(batch["fields"][0].numpy(), values[0, :2])
+    assert (data.metrics.misses > 0) == cached
+    assert data.metrics.used == 2 * 2 * 2 * 16 * 4
+
+
+def test_policies_are_checked() -> None:
+    with pytest.raises(ValueError, match="fetch='shard': unknown; use shards"):
+        FieldsConfig(url="x", fetch="shard")
+    with pytest.raises(ValueError, match="verify='never'"):
+        FieldsConfig(url="x", verify="never")
+    with pytest.raises(ValueError, match="fetch=shards: needs a cache"):
+        FieldsConfig(url="x", fetch="shards", cache_bytes=0)
+
+
+def test_ranges_waste_little(memory: str) -> None:
+    """Windows far apart in a shard are fetched one by one although the gaps are small."""
+    write_fields(memory, trajectories=40, frames=40, per_shard=40)
+    dataset = Dataset.open(memory)
+    reader = Reader(dataset, FieldWindows(dataset.main, 0, 40, 4, 40), None, Metrics())
+    for ids in np.array_split(np.random.default_rng(0).permutation(40), 4):
+        reader.batch(ids)
+    assert reader.metrics.fetched <= 1.2 * reader.metrics.used
+
+
+def test_first_batches_do_not_wait_for_shards(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(memory, trajectories=10)
+    gate = threading.Event()
+    whole = Reader.cached
+    monkeypatch.setattr(Reader, "cached", lambda self, path: gate.wait(30) and whole(self, path))
+    data = data_of(memory, tmp_path)
+    batches = iter(data.train_dataloader())
+    first = [next(batches)["index"] for _ in range(4)]  # read_ahead of them
+    gate.set()
+    first += [next(batches)["index"] for _ in range(2)]
+    data.teardown()
+    assert torch.cat(first).tolist() == data.order.at(np.arange(48)).tolist()
+    assert 0 < data.metrics.misses <= 4
+
+
+def test_shards_come_in_order_of_need_and_bounded() -> None:
+    batches = [np.array([i // 3]) for i in range(30)]  # three batches a shard
+    seen, running, lock = [], [], threading.Lock()
+
+    def download(path: str) -> None:
+        with lock:
+            seen.append(path)
+        if path == "2":
+            raise DataError("the reader that needs it will say so")
+
+    def settled() -> list[str]:
+        deadline = time.monotonic() + 10
+        while not ahead._jobs.empty() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.01)
+        return list(seen)
+
+    ahead = Ahead(iter(batches), lambda ids: {str(ids[0]): 10}, download, limit=25, horizon=100, threads=1)
+    try:
+        running = []
+        for _ in range(30):
+            ahead.advance()
+            running.append(len(settled()))
+        assert seen == [str(k) for k in range(10)]  # each once, in order
+        assert all(n - (i + 3) // 3 <= 3 for i, n in enumerate(running))  # never more than the limit ahead
+        assert running[0] == 3
+    finally:
+        ahead.close()
+    assert stream_threads() == 0
+
+
+def test_memory_is_used_again_only_when_nobody_sees_it(tmp_path: Path) -> None:
+    write_fields(str(tmp_path))
+    reader, values = fields_reader(str(tmp_path)), field_values(10, 7)
+    kept = reader.batch(np.array([0, 1, 2, 3]))["fields"]
+    view = kept[1:, 0].numpy()
+    address = kept.data_ptr()
+    assert address % PAGE == 0
+    del kept
+    other = reader.batch(np.array([4, 5, 6, 7]))["fields"]
+    assert other.data_ptr() != address  # the view still lives
+    assert np.array_equal(view, np.stack([values[0, 2], values[0, 4], values[1, 0]]))
+    del view
+    gc.collect()
+    assert reader.batch(np.array([8, 9, 10, 11]))["fields"].data_ptr() == address
+    hoard = [reader.batch(np.arange(4)) for _ in range(3 * KEEP)]
+    assert len({b["fields"].data_ptr() for b in hoard}) == 3 * KEEP
+    del hoard
+    gc.collect()
+    assert sum(map(len, reader._pool._free.values())) <= KEEP
+    assert isinstance(Pool().__getstate__(), dict)
+
+
+def test_verify_first_and_always(tmp_path: Path) -> None:
+    for always in (False, True):
+        url = str(tmp_path / str(always))
+        write_fields(url)
+        dataset = Dataset.open(url)
+        reader = Reader(dataset, FieldWindows(dataset.main, 0, 8, 3), None, Metrics(), always)
+        reader.batch(np.arange(5))
+        with (Path(url) / dataset.main.shard_path(0)).open("r+b") as file:  # rots in place, under our feet
+            file.seek(9)
+            file.write(b"\x55")
+        if always:
+            with pytest.raises(DataError, match="corrupt"):
+                reader.batch(np.arange(5))
+        else:
+            reader.batch(np.arange(5))
+        fresh = Reader(dataset, FieldWindows(dataset.main, 0, 8, 3), None, Metrics())
+        with pytest.raises(DataError, match="corrupt"):
+            fresh.batch(np.arange(5))
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_data_that_change_under_a_run_are_noticed(memory: str, tmp_path: Path, where: str) -> None:
+    url = memory if where == "remote" else str(tmp_path)
+    write_fields(url)
+    now = [0.0]
+    watch = Watch(Dataset.open(url), clock=lambda: now[0])
+    watch.check()
+    reader = fields_reader(url)
+    reader._watch = watch
+    first = reader.batch(np.arange(4))
+    Store(url).delete_tree()
+    with pytest.raises(DataError, match="was removed while it was read"):
+        watch.check(now=True)
+    write_fields(url, trajectories=11)  # intact in itself, but another
+    if where == "local":
+        reader._files._open.clear()
+    assert reader.batch(np.arange(4))["fields"].shape == first["fields"].shape  # not looked again yet
+    now[0] += 61
+    with pytest.raises(DataError, match=r"changed while it was read \(fingerprint \w{12} is now \w{12}\)") as caught:
+        reader.batch(np.arange(4))
+    assert "\n" not in str(caught.value) and url in str(caught.value)
+
+
+def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:
+    write_fields(str(tmp_path))
+    data = FieldsData(FieldsConfig(url=str(tmp_path), frames=3), global_batch=8)
+    addresses = set()
+    for batch in itertools.islice(data.train_dataloader(), 20 * 5):
+        addresses.add(batch["fields"].data_ptr())
+        del batch
+    data.teardown()
+    assert len(addresses) <= 4 + 4  # read_ahead, and those in the making and in hand
