@@ -1,5 +1,5 @@
 # Every target can be called again at once: the set-up is stamped and reused.
-PYTHON := .venv/bin/python
+VENV := .venv/bin/python
 STORE ?= file
 ARGS ?=
 
@@ -13,15 +13,15 @@ setup:  ## create .venv with torch, the project and what its tests need
 	@bash scripts/setup.sh
 
 demo: setup  ## simulate, train, kill, resume, evaluate, report (STORE=file or STORE=s3)
-	@$(PYTHON) scripts/demo.py --store $(STORE)
+	@$(VENV) scripts/demo.py --store $(STORE)
 
 test: setup  ## run the tests (ARGS="-k cli" is passed on to pytest)
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(VENV) -m pytest $(ARGS)
 
 lint: setup  ## ruff check, ruff format --check, mypy
-	@$(PYTHON) -m ruff check .
-	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m mypy
+	@$(VENV) -m ruff check .
+	@$(VENV) -m ruff format --check .
+	@$(VENV) -m mypy
 
 clean:  ## remove caches and the demo's output, keep .venv
 	@rm -rf .keel .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt

@@ -52,6 +52,7 @@ class StreamConfig:
     """
 
     not_hashed: ClassVar[tuple[str, ...]] = (
+        "url",
         "val_samples",
         "cache",
         "cache_bytes",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 Kind = Literal["model", "task"]
@@ -32,7 +33,11 @@ def names(kind: Kind) -> list[str]:
 
 def lookup(kind: Kind, name: str) -> tuple[type[Any], type[Any]]:
     """The (config dataclass, class) registered under `name`. Raises ValueError for an unknown kind or name."""
-    table = _table(kind)
+    return resolve(_table(kind), kind, name)
+
+
+def resolve(table: Mapping[str, str], kind: str, name: str) -> tuple[type[Any], Any]:
+    """What `table` holds under `name`, imported: (its `config_class`, itself). Raises ValueError, naming near names."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(table))}"

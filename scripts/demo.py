@@ -101,6 +101,7 @@ def operators(demo: Demo, overrides: list[str]) -> None:
     from datamodules.store import Store
     from trainer.checkpoint import committed_steps
     from trainer.config import load
+    from trainer.records import read_evaluation
 
     config, data = "configs/runs/demo_fno.yaml", demo.url("data/navier_stokes_2d")
     settings = [f"data.url={data}", *overrides]
@@ -123,7 +124,7 @@ def operators(demo: Demo, overrides: list[str]) -> None:
     compare(demo, run, reference, resumed_from=steps[-1])
     with demo.step("5. Evaluate"):
         demo.keel("evaluate", run, "--split", "test")
-    metrics = Store(run).read_json("evaluation.json")["metrics"]
+    metrics = read_evaluation(Store(run))["metrics"]
     one, held = metrics["relative_l2"], metrics["persistence_relative_l2"]
     demo.promise(
         "one-step error, relative L2",
@@ -177,6 +178,7 @@ def compare(demo: Demo, run: str, reference: str, resumed_from: int) -> None:
 def language(demo: Demo, overrides: list[str]) -> None:
     """Step 6: a language model on real text, against a bigram model fitted on the same text."""
     from datamodules.store import Store
+    from trainer.records import encode, read_evaluation
 
     data, run = demo.url("data/stdlib_text"), demo.url("runs/lm")
     with demo.step("6. The other half: a language model"):
@@ -185,9 +187,9 @@ def language(demo: Demo, overrides: list[str]) -> None:
         demo.keel("evaluate", run, "--split", "test", "--limit", str(TEXT_SAMPLES), "--batch", "32")
         baseline = bigram_bits_per_byte(run, data)
         store = Store(run)
-        evaluation = store.read_json("evaluation.json")
+        evaluation = read_evaluation(store)
         evaluation["baseline"] = {"bigram_bits_per_byte": baseline}
-        store.write_json("evaluation.json", evaluation)
+        store.write("evaluation.json", encode(evaluation))
     found = evaluation["metrics"]["bits_per_byte"]
     demo.promise(
         "language model, bits per byte",

@@ -3,8 +3,8 @@
     python -m trainer fit RUN_URL [--resume]
     python -m trainer evaluate RUN_URL [--split test] [--limit N]
 
-Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 1 any other failure,
-75 preempted and safe to start again.
+Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 1 any other failure, 75 preempted
+by SIGTERM or SIGUSR1 after a save, 130 interrupted by SIGINT after a save.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import ctypes
 import os
 import signal
 import sys
+from typing import Any
 
-from trainer.errors import USER_ERRORS, one_line
+from trainer.errors import is_user_error, one_line, wants_traceback
 
 EXIT_USER_ERROR = 2
+_EXITS = {"preempted": 75, "interrupted": 130}  # by status of the run
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,18 +38,31 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "fit":
             from trainer.run import fit_url
 
-            fit_url(arguments.url, resume=arguments.resume)
-        else:
-            from trainer.evaluation import evaluate as run_evaluation
+            return exit_code(fit_url(arguments.url, resume=arguments.resume))
+        from trainer.evaluation import evaluate as run_evaluation
 
-            run_evaluation(arguments.url, split=arguments.split, limit=arguments.limit or None)
-    except USER_ERRORS as error:
-        if os.environ.get("KEEL_TRACEBACK") == "1":
+        run_evaluation(arguments.url, split=arguments.split, limit=arguments.limit or None)
+    except Exception as error:
+        from trainer.distributed import posted_error
+
+        if wants_traceback():
             raise
-        print(one_line(error), file=sys.stderr, flush=True)
         # Without a tear-down: the other ranks may hang in a collective, and the launcher ends them.
-        os._exit(EXIT_USER_ERROR)
+        if is_user_error(error):
+            print(one_line(error), file=sys.stderr, flush=True)
+            os._exit(EXIT_USER_ERROR)
+        told = posted_error()
+        if told is not None:  # by the rank that failed; this one only lost the connection to it
+            if os.environ.get("RANK") == "0":  # whose output the launcher shows
+                print(f"keel: error: {told}", file=sys.stderr, flush=True)
+            os._exit(EXIT_USER_ERROR)
+        raise
     return 0
+
+
+def exit_code(record: dict[str, Any]) -> int:
+    """What a run's end is to its launcher."""
+    return _EXITS.get(record["status"], 0)
 
 
 def _die_with_parent() -> None:
@@ -61,4 +76,8 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and closed. The interpreter's own tear-down races with gloo's threads and can abort the process.
+    os._exit(code)

@@ -1,6 +1,7 @@
 """Builds the parts of a run from its config: task, data module, optimiser. Everything here is deterministic in the config."""
 
 import dataclasses
+import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from torch import nn
 from datamodules import registry as data_registry
 from modules import registry as model_registry
 from modules.tasks.base import Task
-from trainer import optim, parametrization
+from trainer import diagnostics, optim, parametrization
 from trainer.config import ConfigError
 from trainer.optim import schedule
 from trainer.parametrization.rule import Rule
@@ -25,11 +26,9 @@ def build(config: RunConfig) -> tuple[Task, Any]:
         DataError, StoreError: a data set that cannot be read.
     """
     pl.seed_everything(config.seed, verbose=False)
-    _, network_class = model_registry.lookup("model", config.model.name)
-    _, task_class = model_registry.lookup("task", config.task.name)
     _, data_class = data_registry.lookup("data", config.data.name)
     try:
-        task = task_class(network_class(config.model), config.task)
+        task = _task(config)
         data = data_class(
             config.data,
             global_batch=config.train.global_batch,
@@ -51,11 +50,45 @@ def accumulation(config: RunConfig) -> int:
     return local // config.train.micro_batch if config.train.micro_batch else 1
 
 
+def check(config: RunConfig) -> None:
+    """Refuses pairs of sections that cannot work together, without data and without memory (on the meta device).
+
+    Raises:
+        ConfigError: the network does not fit the task, the task sets a field of the data otherwise, or a diagnostic
+            cannot measure the network.
+    """
+    try:
+        with torch.device("meta"):
+            task = _task(config)
+        defaults = {f.name: f.default for f in dataclasses.fields(config.data)}
+        for name, value in task.training_window().items():
+            if name in defaults and getattr(config.data, name) not in (value, defaults[name]):
+                raise ValueError(f"data.{name}={getattr(config.data, name)}: the task reads {value}; leave it out")
+        for diagnostic in diagnostics.build(config.diagnostics.names).values():
+            diagnostic.check(task)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _task(config: RunConfig) -> Task:
+    _, network_class = model_registry.lookup("model", config.model.name)
+    _, task_class = model_registry.lookup("task", config.task.name)
+    return task_class(network_class(config.model), config.task)
+
+
 def accelerator_name(name: str) -> str:
-    """`cpu` or `cuda`. Raises ConfigError when CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("resources.accelerator=cuda: torch sees no CUDA device here; use cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """`cpu` or `cuda`; `auto` takes CUDA where each process of this machine finds a device of its own.
+
+    Raises:
+        ConfigError: `cuda` with fewer devices than processes.
+    """
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if name == "cuda" and devices < processes:
+        raise ConfigError(
+            f"resources.accelerator=cuda: {processes} processes on this machine, but {devices} CUDA devices; "
+            "use fewer processes, cpu or auto"
+        )
+    return ("cuda" if 0 < processes <= devices else "cpu") if name == "auto" else name
 
 
 def optimizer_and_scheduler(config: RunConfig, network: nn.Module, rules: dict[str, Rule]) -> tuple[Any, Any]:

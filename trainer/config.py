@@ -137,7 +137,7 @@ def section(name: str, raw: Any) -> Any:
     try:
         schema, _ = look_up(str(variant))
     except ValueError as error:
-        raise ConfigError(f"{name}.name={variant}: {error}") from error
+        raise ConfigError(str(error)) from error
     return structure(_named(schema, str(variant)), {**raw, "name": variant}, name)
 
 
@@ -151,16 +151,16 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
 
 
-def config_hash(config: RunConfig) -> str:
+def config_hash(config: RunConfig, fingerprint: str = "") -> str:
     """First 16 hex digits of the SHA-256 of what decides a run's numbers; the same for all attempts of a run.
 
     Left out are where it runs and writes, how it is sharded, what is watched, and what the data section's class names in
-    `not_hashed` (caches, threads).
+    `not_hashed` (where the data lie, caches, threads): `fingerprint` says which data they are.
     """
     hashed = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
     for name, unhashed in (("train", _NOT_HASHED_OF_TRAIN), ("data", getattr(config.data, "not_hashed", ()))):
         hashed[name] = {key: value for key, value in hashed[name].items() if key not in unhashed}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([hashed, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def absolute_url(url: str) -> str:
@@ -191,10 +191,14 @@ def _build(raw: dict[str, Any]) -> RunConfig:
     values["url"] = absolute_url(values["url"])
     if "url" in {f.name for f in dataclasses.fields(values["data"])}:
         values["data"].url = absolute_url(values["data"].url)
+    from trainer.build import check
+
     try:
-        return RunConfig(**values)
+        config = RunConfig(**values)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check(config)
+    return config
 
 
 def _named(schema: type, name: str) -> type:

@@ -1,14 +1,26 @@
 """Which errors are the user's to mend, and how they are told."""
 
+import os
+
 from datamodules.format import DataError
-from datamodules.store import StoreError
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import ConfigError
 
-# Each carries one clear line. Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ConfigError, StoreError, DataError, CheckpointError)
+# Each carries one clear line; a store's errors are OSErrors, as is a file that cannot be used. Anything else is a defect
+# and keeps its traceback.
+USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether one line says it all."""
+    return isinstance(error, USER_ERRORS)
 
 
 def one_line(error: BaseException) -> str:
     """The message of a user error as one line."""
     return "keel: error: " + " ".join(str(error).split())
+
+
+def wants_traceback() -> bool:
+    """Whether the user asked for tracebacks (`KEEL_TRACEBACK=1`)."""
+    return os.environ.get("KEEL_TRACEBACK", "") not in ("", "0")

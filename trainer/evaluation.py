@@ -13,6 +13,7 @@ from trainer.checkpoint import CheckpointError, latest
 from trainer.checkpoint.checkpointer import load_module
 from trainer.config import ConfigError
 from trainer.quiet import quiet
+from trainer.records import encode
 
 
 def evaluate(
@@ -69,5 +70,5 @@ def evaluate(
     packed = io.BytesIO()
     np.savez_compressed(packed, **{name: tensor.cpu().numpy() for name, tensor in (example or {}).items()})  # type: ignore[arg-type]
     store.write("evaluation.npz", packed.getvalue())
-    store.write_json("evaluation.json", result)
+    store.write("evaluation.json", encode(result))  # an unstable model gives infinities, which plain JSON has not
     return result

@@ -17,6 +17,15 @@ RESUMABLE = (
     "train.max_steps",
     "train.micro_batch",
     "train.val_every",
+    "data.url",  # the fingerprint says that they are the same data
+    "data.val_samples",
+    "data.cache",
+    "data.fetch",
+    "data.verify",
+    "data.cache_bytes",
+    "data.read_ahead",
+    "data.read_ahead_bytes",
+    "data.threads",
 )
 
 
@@ -36,11 +45,9 @@ def prepare_new(config: RunConfig) -> None:
 
 
 def _stillborn(store: Store) -> bool:
-    """True when what is there ended in an error before anything was saved, or never began: a mistake, since mended."""
+    """True when what is there ended in an error before anything was saved: a mistake, since mended."""
     if not store.exists("config.yaml") or committed_steps(store.sub("checkpoints")):
         return False
-    if not store.list("attempts"):
-        return True
     return store.exists("record.jsonl") and read_record(store)["status"] == "failed"
 
 

@@ -290,6 +290,11 @@ def read_trace(store: Store) -> list[Row]:
     return sorted(_history(store, "trace"), key=lambda row: (row["step"], row["rank"]))
 
 
+def read_evaluation(store: Store) -> Row:
+    """What `keel evaluate` wrote last. Raises the store's NotFound when there is none."""
+    return decode(store.read("evaluation.json"))[0]
+
+
 def read_record(store: Store) -> Row:
     """The outcome of the run. Raises the store's NotFound when it has none yet."""
     return decode(store.read("record.jsonl"))[0]

@@ -108,6 +108,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _at_least("every", self.every, 1)
+        if not self.flush_seconds > 0:
+            raise ValueError(f"flush_seconds={self.flush_seconds}: must be greater than 0")
 
 
 @dataclass
@@ -162,6 +164,7 @@ class RunConfig:
         return local // self.train.micro_batch if self.train.micro_batch else 1
 
     def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
         world, batch, micro = self.resources.world_size, self.train.global_batch, self.train.micro_batch
         if batch % world:
             raise ValueError(
@@ -192,5 +195,5 @@ def _choice(key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _at_least(key: str, value: float, low: float) -> None:
-    if value < low:
+    if not value >= low or value == float("inf"):  # also refuses nan
         raise ValueError(f"{key}={value}: must be at least {low}")

@@ -78,8 +78,15 @@ def train(args: argparse.Namespace) -> int:
 
     config = load(args.config, args.overrides)
     refuse_many_machines(config)
-    if _is_first_rank():
+    if not _is_worker():
         prepare_new(config)
+        return start(config, resume=False)
+    # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
+    from trainer.build import accelerator_name
+    from trainer.distributed import init_process_group, on_rank_zero
+
+    init_process_group(accelerator_name(config.resources.accelerator), config.strategy.timeout_seconds)
+    on_rank_zero(lambda: prepare_new(config))
     return start(config, resume=False)
 
 
@@ -127,23 +134,37 @@ def refuse_many_machines(config: RunConfig) -> None:
 
 
 def start(config: RunConfig, *, resume: bool) -> int:
-    """Runs the workers of `config` to their end; returns the job's exit code."""
+    """Runs the workers of `config` to their end and says how the run ended; returns the job's exit code."""
     if _is_worker():
-        # torchrun or Slurm has already started one process per rank, and this is one of them.
+        from trainer.__main__ import exit_code
         from trainer.run import fit
 
-        fit(config, resume=resume)
-        return 0
+        return exit_code(fit(config, resume=resume))
     from cluster.launch import Job, launch
 
     resources = config.resources
     arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
-    return launch(Job(arguments, processes=resources.processes_per_node, threads=resources.threads))
+    code = launch(Job(arguments, processes=resources.processes_per_node, threads=resources.threads))
+    if code in (0, 75, 130):
+        print(outcome(config.url), flush=True)
+    return code
+
+
+def outcome(url: str) -> str:
+    """The end of a run in one line, from its record."""
+    from datamodules.store import Store
+    from trainer.records import read_record
+
+    record = read_record(Store(url))
+    parts = [f"{record['status']} after {record['steps']} steps"]
+    if record["loss"] is not None:
+        parts.append(f"loss {record['loss']:.4g}")
+    if record["status"] == "diverged":
+        parts.append(f"diverged at step {record['diverged_step']}")
+    if record["status"] in ("preempted", "interrupted"):
+        parts.append(f"continue with: keel resume {url}")
+    return f"{url}: {', '.join(parts)}"
 
 
 def _is_worker() -> bool:
     return "WORLD_SIZE" in os.environ
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

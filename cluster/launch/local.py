@@ -27,6 +27,10 @@ from typing import Any
 
 from cluster.launch import EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, PARENT_PID, Job
 
+# Without the current folder on the path: a user's own `trainer.py` there is not Keel's.
+_MODULE = ("-P", "-m")
+_ROOT = str(Path(__file__).resolve().parents[2])
+
 # Failures noticed this close together are one event: which of them is the cause is then told by their kind.
 SIMULTANEOUS_S = 2
 
@@ -43,7 +47,7 @@ def _launch_one(job: Job) -> int:
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     started: list[int] = []
     with _environment({**_worker_environment(job), **ranks, **rendezvous}), _signals(job, lambda: started):
-        worker = subprocess.Popen([sys.executable, "-m", *job.args], start_new_session=True)
+        worker = subprocess.Popen([sys.executable, *_MODULE, *job.args], start_new_session=True)
         started.append(worker.pid)
         code = _shell_code(worker.wait())
     if code > 128:
@@ -78,7 +82,7 @@ def _launch_many(job: Job) -> int:
             role="keel",
             local_world_size=job.processes,
             entrypoint=sys.executable,
-            args=("-m", *job.args),
+            args=(*_MODULE, *job.args),
             rdzv_handler=rendezvous,
             max_restarts=0,
             monitor_interval=0.1,
@@ -154,7 +158,8 @@ def _last_line(path: Path | None, starting: str = "") -> str:
 
 def _worker_environment(job: Job) -> dict[str, str]:
     # Set in this process for as long as workers start: the agent copies this process's environment.
-    fixed = {"OMP_NUM_THREADS": str(job.threads_per_process), PARENT_PID: str(os.getpid())}
+    path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+    fixed = {"OMP_NUM_THREADS": str(job.threads_per_process), PARENT_PID: str(os.getpid()), "PYTHONPATH": path}
     if sys.platform == "linux":
         # One machine talks over loopback: gloo would else look its host name up, which may not resolve.
         fixed["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -177,7 +182,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[None]:
-    """Forwards SIGTERM and SIGINT to the workers; a second SIGINT kills them. Applies the job's time limit."""
+    """Forwards SIGTERM, SIGUSR1 and SIGINT to the workers; a second SIGINT kills them. Applies the job's time limit."""
     interrupts = 0
 
     def send(signum: int) -> bool:
@@ -199,7 +204,7 @@ def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[None]:
     if job.timeout_s is not None:
         timers.append(threading.Timer(job.timeout_s, send, [signal.SIGTERM]))
         timers.append(threading.Timer(job.timeout_s + job.grace_s, send, [signal.SIGKILL]))
-    handled = (signal.SIGTERM, signal.SIGINT)
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before: dict[signal.Signals, Any] = {signum: signal.signal(signum, forward) for signum in handled}
     for timer in timers:
         timer.daemon = True

@@ -28,13 +28,13 @@ _OUTCOME = (
     "flops",
     "loss",
     "attempts",
-    "wall_seconds",
+    "attempt_seconds",
     "throughput.samples_per_s",
     "throughput.tokens_per_s",
     "throughput.data_wait",
     "throughput.mfu",
 )
-_SPEED = ("lr", "grad_norm", "throughput/")
+_SPEED = ("lr", "throughput/")
 _STATUS = {"ok": "good", "diverged": "bad", "failed": "bad", "preempted": "warn"}
 
 
@@ -83,7 +83,7 @@ def headline(view: RunView) -> list[tuple[str, str]]:
         if values:
             cards.append((f"best {key}", number(min(values))))
     record = view.record or {}
-    cards += [(name, number(record[name])) for name in ("parameters", "seconds") if name in record]
+    cards += [(name, number(record[name])) for name in ("parameters",) if name in record]
     measured, split = view.measured, (view.evaluation or {}).get("split", "held out")
     cards += [(f"{name} ({split})", number(measured[name])) for name in _HEADLINES if name in measured]
     if measured.get("relative_l2") and "persistence_relative_l2" in measured:

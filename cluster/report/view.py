@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import zipfile
@@ -107,8 +106,10 @@ def load(store: Store) -> RunView:
     view.rows = records.read_metrics(store)
     record = _optional(store, "record.jsonl")
     view.record = records.decode(record)[-1] if record else None
+    if view.record and view.record.get("attempts", len(view.attempts)) < len(view.attempts):
+        view.record = None  # of an earlier attempt: the run has been resumed since
     evaluation = _optional(store, "evaluation.json")
-    view.evaluation = json.loads(evaluation) if evaluation else None
+    view.evaluation = records.decode(evaluation)[-1] if evaluation else None
     view.arrays = _arrays(_optional(store, "evaluation.npz"))
     return view
 

@@ -48,7 +48,9 @@ def operator_run(url: str, *, finished: bool = True, steps: int = 200) -> Store:
         packed = io.BytesIO()
         np.savez_compressed(packed, **fields())  # type: ignore[arg-type]
         store.write("evaluation.npz", packed.getvalue())
-        write_record(store, {"status": "ok", "parameters": 1_234_567, "seconds": 93.4, "steps": steps, "loss": 0.03})
+        write_record(
+            store, {"status": "ok", "parameters": 1_234_567, "attempt_seconds": 93.4, "steps": steps, "loss": 0.03}
+        )
     return store
 
 

@@ -72,7 +72,7 @@ def fno_config(url: str, data: str, **train: Any) -> dict[str, Any]:
         "checkpoint": {"every": 4},
         "log": {"every": 3, "flush_seconds": 1.0, "trace": True, "progress": False},
         "diagnostics": {"every": 4, "names": ["gradients", "updates", "activations"]},
-        "resources": {"threads": 1},
+        "resources": {"accelerator": "cpu", "threads": 1},
     }
 
 

@@ -1,8 +1,12 @@
 """Checkpoints: the format, the commit protocol, resharding, and every way in which one can be broken."""
 
+import hashlib
+import io
 import json
 import os
+import pickle
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -114,18 +118,40 @@ def test_manifest_tells_all_and_verifies(tmp_path):
     assert verify(store, 4) == [] and committed_steps(store) == [2, 4]
 
 
-def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    import pickle
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/keel-was-here",)
 
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    """An attacker who can write the store makes a checkpoint whose checksums are all right."""
+    store, checkpointer = committed(tmp_path)
+    packed = io.BytesIO()
+    torch.save({"loops": Bomb()}, packed)
+    folder = store.sub(step_name(4))
+    manifest = read_manifest(store, 4)
+    state = packed.getvalue()
+    (entry,) = [file for file in manifest["files"] if file["path"] == "state.pt"]
+    entry.update(size=len(state), crc32c=google_crc32c.value(state))
+    raw = json.dumps(manifest).encode()
+    folder.write("state.pt", state)
+    folder.write("manifest.json", raw)
+    folder.write("COMMITTED", json.dumps({"step": 4, "manifest_sha256": hashlib.sha256(raw).hexdigest()}).encode())
+    net, optimizer = make(False)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpointer.load(4, net, [optimizer], device=CPU)
+    assert not os.path.exists("/tmp/keel-was-here")
+
+
+def test_a_flipped_bit_in_the_small_state_is_found(tmp_path):
     _, checkpointer = committed(tmp_path)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a checkpoint was unpickled")
-
-    monkeypatch.setattr(pickle, "load", refuse)
-    monkeypatch.setattr(pickle, "loads", refuse)
-    net, optimizer = make(False, seed=1)
-    assert checkpointer.load(4, net, [optimizer], device=CPU) == {"step": 4}
+    path = tmp_path / step_name(4) / "state.pt"
+    raw = bytearray(path.read_bytes())
+    raw[-30] ^= 1
+    path.write_bytes(raw)
+    net, optimizer = make(False)
+    with pytest.raises(CorruptCheckpoint, match=r"state\.pt is corrupt"):
+        checkpointer.load(4, net, [optimizer], device=CPU)
 
 
 def test_state_that_needs_pickle_is_refused_before_the_commit(tmp_path):
@@ -177,6 +203,23 @@ def test_a_committed_step_is_never_overwritten_and_leftovers_are(tmp_path):
     store.write(f"{step_name(6)}/rank-00007-000.bin", b"left by a killed attempt of 8 processes")
     assert checkpointer.save(6, net, [optimizer], {}, device=CPU)
     assert not store.exists(f"{step_name(6)}/rank-00007-000.bin")
+
+
+def test_when_nothing_is_whole_that_is_an_error_and_no_fresh_start(tmp_path):
+    store, _ = committed(tmp_path)
+    for step in (2, 4):
+        os.truncate(tmp_path / step_name(step) / "rank-00000-000.bin", 10)
+    with pytest.raises(CorruptCheckpoint, match=r"no committed checkpoint at .* is whole"):
+        latest(store)
+    assert latest(Store(str(tmp_path / "empty"))) is None
+
+
+def test_retention_counts_whole_steps_only(tmp_path):
+    store, checkpointer = committed(tmp_path)
+    net, optimizer = make(False)
+    os.truncate(tmp_path / step_name(4) / "rank-00000-000.bin", 10)
+    checkpointer.save(6, net, [optimizer], {}, device=CPU)
+    assert committed_steps(store) == [2, 4, 6]
 
 
 def test_retention_keeps_the_last_and_the_permanent(tmp_path):
@@ -254,8 +297,8 @@ def test_two_writers_cannot_both_commit(tmp_path):
     net, optimizer = make(False)
     begin = checkpointer._begin
 
-    def begin_then_lose(folder: Store) -> bool:
-        begun = begin(folder)
+    def begin_then_lose(folder: Store, step: int) -> bool:
+        begun = begin(folder, step)
         folder.write("COMMITTED", json.dumps({"step": 6, "manifest_sha256": "other"}).encode())
         return begun
 

@@ -32,6 +32,8 @@ def test_the_hash_is_of_what_decides_the_numbers():
     assert one == configs.config_hash(
         configs.load(base(), ["url=/elsewhere", "resources.processes_per_node=2", "log.every=1"])
     )
+    moved = configs.load(base(), ["data.url=/moved"])
+    assert one == configs.config_hash(moved) != configs.config_hash(moved, "another data set")
     for override in ("seed=8", "model.width=10", "optim.lr=1e-5", "train.max_steps=9"):
         assert one != configs.config_hash(configs.load(base(), [override]))
 
@@ -53,8 +55,8 @@ def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_pat
         (["model.modes=[6,x]"], "model.modes"),
         (["train=3"], "train=3: expected a section"),
         (["model.name=fmo"], "did you mean fno"),
-        (["optim.name=adamv"], "did you mean 'adamw'"),
-        (["strategy.name=zero"], "valid: ddp, fsdp"),
+        (["optim.name=adamv"], "optim.name=adamv: no such optim; did you mean adamw?"),
+        (["strategy.name=zero"], "strategy.name=zero: no such strategy; known: ddp, fsdp"),
         (["train.global_batch=5", "resources.processes_per_node=2"], "nearest valid: 4 or 6"),
         (["train.global_batch=8", "train.micro_batch=3"], "train.micro_batch=3 does not divide the 8 samples"),
         (["schedule.warmup_steps=99"], "exceed train.max_steps=8"),
@@ -68,6 +70,15 @@ def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_pat
         (["optim.name=sgd", "optim.nesterov=true"], "optim: nesterov=true needs momentum > 0"),
         (["train.precision=fp8"], "must be one of 32-true"),
         (["novalue"], "not of the form key=value"),
+        (["model.modes=[6]"], "need dimensions=2"),
+        (["task.channels=2"], "need in_channels=2"),
+        (["data.frames=7"], "data.frames=7: the task reads 2; leave it out"),
+        (["diagnostics.names=[logits]"], "logits"),
+        (["optim.weight_decay=-1"], "optim: weight_decay=-1.0: must be at least 0"),
+        (["optim.lr=.inf"], "optim: lr=inf"),
+        (["train.grad_clip=.nan"], "train: grad_clip=nan"),
+        (["log.flush_seconds=0"], "log: flush_seconds=0.0: must be greater than 0"),
+        (["seed=-1"], "seed=-1: must be at least 0"),
     ],
 )
 def test_every_mistake_is_one_clear_line(overrides, message):

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from datamodules.store import Store
+from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
 from trainer.callbacks.stream import StreamPosition
-from trainer.checkpoint import committed_steps, read_manifest
+from trainer.checkpoint import committed_steps, read_manifest, verify
 from trainer.evaluation import evaluate
 from trainer.lifecycle import prepare_new, prepare_resume
-from trainer.records import read_attempts, read_metrics, read_record, read_trace
+from trainer.records import read_attempts, read_metrics, read_record, read_trace, start_attempt
 from trainer.run import fit
 
 
@@ -33,15 +34,46 @@ def data(tmp_path_factory) -> dict[str, str]:
 CONFIG = {"fno": fno_config, "lm": lm_config}
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """URL of an undisturbed run of 20 steps, one for each kind, world size and strategy that a test asks for."""
+    done: dict[tuple[str, int, str], str] = {}
+
+    def run(kind: str, world: int = 1, strategy: str = "fsdp") -> str:
+        key = (kind, world, strategy)
+        if key not in done:
+            done[key] = str(tmp_path_factory.mktemp("whole") / "run")
+            run_distributed(train, world, make(kind, done[key], data, *resources(world, strategy), **RUN))
+        return done[key]
+
+    return run
+
+
+# Validation and saves coincide on steps 4, 8, ...
+RUN = {"max_steps": 20, "val_every": 4}
+
+
+def resources(world: int, strategy: str) -> list[str]:
+    return [f"strategy.name={strategy}", f"resources.processes_per_node={world}"]
+
+
 def make(kind: str, url: str, data: dict[str, str], *overrides: str, **train: Any) -> configs.RunConfig:
     config = configs.load(CONFIG[kind](url, data[kind], **train), overrides)
     prepare_new(config)
     return config
 
 
-def train(config: configs.RunConfig, resume: bool = False, fail_at: int = 0) -> dict[str, Any] | str:
-    """Worker function; `fail_at`: raise in the middle of that step, as a crash would."""
+def train(
+    config: configs.RunConfig, resume: bool = False, fail_at: int = 0, in_validation: bool = False
+) -> dict[str, Any] | str:
+    """Worker function; `fail_at`: raise in the middle of that step, or of the validation after it, as a crash would."""
     torch.set_num_threads(1)
+    if in_validation:
+        Task.on_validation_epoch_start = killed  # type: ignore[method-assign]
+        try:
+            return fit(config, resume=resume)
+        except RuntimeError as error:
+            return str(error)
     if fail_at:
         advance = StreamPosition.on_train_batch_end
 
@@ -60,6 +92,10 @@ def train(config: configs.RunConfig, resume: bool = False, fail_at: int = 0) -> 
     return fit(config, resume=resume)
 
 
+def killed(self: Task) -> None:
+    raise RuntimeError("killed")
+
+
 def losses(url: str) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(Store(url)) if "loss" in row}
 
@@ -72,73 +108,150 @@ def samples(url: str) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize(("kind", "strategy", "micro"), [("fno", "fsdp", 0), ("lm", "fsdp", 1), ("lm", "ddp", 0)])
-def test_two_processes_equal_one(tmp_path, data, kind, strategy, micro):
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    for url, world in ((one, 1), (two, 2)):
-        overrides = [f"strategy.name={strategy}", f"resources.processes_per_node={world}"]
-        config = make(kind, url, data, *overrides, max_steps=20, micro_batch=micro)
-        run_distributed(train, world, config)
+def test_two_processes_equal_one(tmp_path, data, whole, kind, strategy, micro):
+    one, two = whole(kind), str(tmp_path / "two")
+    config = make(kind, two, data, *resources(2, strategy), **RUN, micro_batch=micro)
+    run_distributed(train, 2, config)
     a, b = losses(one), losses(two)
     assert list(a) == list(range(1, 21))
     np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=0, atol=1e-5)
     assert samples(one) == samples(two)
-    np.testing.assert_allclose(
-        [r["diag/gradients/norm"] for r in read_metrics(Store(two)) if "diag/gradients/norm" in r],
-        [r["diag/gradients/norm"] for r in read_metrics(Store(one)) if "diag/gradients/norm" in r],
-        rtol=1e-4,
-    )
+    norms = [
+        [r["diag/gradients/norm"] for r in read_metrics(Store(url)) if "diag/gradients/norm" in r] for url in (one, two)
+    ]
+    assert len(norms[0]) == 5
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("kind", "first", "second"),
     [("fno", (2, "fsdp"), (2, "fsdp")), ("fno", (2, "fsdp"), (1, "ddp")), ("lm", (1, "ddp"), (2, "fsdp"))],
 )
-def test_a_crashed_run_continues_without_losing_or_repeating_a_sample(tmp_path, data, kind, first, second):
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    overrides = [f"strategy.name={first[1]}", f"resources.processes_per_node={first[0]}"]
-    run_distributed(train, first[0], make(kind, whole, data, *overrides, max_steps=10, val_every=5))
-    config = make(kind, broken, data, *overrides, max_steps=10, val_every=5)
-    assert run_distributed(train, first[0], config, False, 7) == ["crash"] * first[0]
+def test_a_crashed_run_continues_without_losing_or_repeating_a_sample(tmp_path, data, whole, kind, first, second):
+    undisturbed, broken = whole(kind, *first), str(tmp_path / "broken")
+    config = make(kind, broken, data, *resources(*first), **RUN)
+    assert run_distributed(train, first[0], config, False, 11) == ["crash"] * first[0]
     assert read_record(Store(broken))["status"] == "failed"
-    assert committed_steps(Store(broken).sub("checkpoints")) == [4]
-    config = prepare_resume(broken, [f"strategy.name={second[1]}", f"resources.processes_per_node={second[0]}"])
-    run_distributed(train, second[0], config, True)
+    assert committed_steps(Store(broken).sub("checkpoints")) == [4, 8]
+    run_distributed(train, second[0], prepare_resume(broken, resources(*second)), True)
     assert read_record(Store(broken))["status"] == "ok"
-    assert [row["resumed_from"] for row in read_attempts(Store(broken))] == [0, 4]
-    assert samples(broken) == samples(whole)
-    a, b = losses(whole), losses(broken)
-    assert list(b) == list(range(1, 11))
+    assert [row["resumed_from"] for row in read_attempts(Store(broken))] == [0, 8]
+    assert samples(broken) == samples(undisturbed)
+    a, b = losses(undisturbed), losses(broken)
+    assert list(b) == list(range(1, 21))
     np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=0, atol=0 if first == second else 1e-5)
-    rates = [[r["lr"] for r in read_metrics(Store(url)) if "lr" in r] for url in (whole, broken)]
+    rates = [[r["lr"] for r in read_metrics(Store(url)) if "lr" in r] for url in (undisturbed, broken)]
     assert rates[0] == rates[1]
-    held_out = [[r for r in read_metrics(Store(url)) if "val/loss" in r] for url in (whole, broken)]
-    assert [r["step"] for r in held_out[1]] == [5, 10]
+    held_out = [[r for r in read_metrics(Store(url)) if "val/loss" in r] for url in (undisturbed, broken)]
+    assert [r["step"] for r in held_out[1]] == [4, 8, 12, 16, 20]
     for x, y in zip(*held_out, strict=True):
         assert x["val/loss"] == pytest.approx(y["val/loss"], abs=0 if first == second else 1e-5)
 
 
-def test_a_checkpoint_corrupt_inside_is_fallen_back_from(tmp_path, data):
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    run_distributed(train, 1, make("fno", whole, data, max_steps=12))
-    run_distributed(train, 2, make("fno", broken, data, "resources.processes_per_node=2", max_steps=12), False, 10)
-    assert committed_steps(Store(broken).sub("checkpoints")) == [4, 8]
+def test_a_validation_that_was_killed_is_made_up_for(tmp_path, data, whole):
+    broken = str(tmp_path / "broken")
+    config = make("fno", broken, data, **RUN)
+    assert run_distributed(train, 1, config, False, 4, True) == ["killed"]
+    assert committed_steps(Store(broken).sub("checkpoints")) == [4]
+    run_distributed(train, 1, config, True)
+    rows = [[r for r in read_metrics(Store(url)) if "val/loss" in r] for url in (whole("fno"), broken)]
+    assert [r["step"] for r in rows[1]] == [4, 8, 12, 16, 20]
+    assert [r["val/loss"] for r in rows[0]] == [r["val/loss"] for r in rows[1]]
+    assert losses(whole("fno")) == losses(broken) and samples(whole("fno")) == samples(broken)
+
+
+def test_damaged_checkpoints_are_fallen_back_from_and_written_again(tmp_path, data, whole):
+    broken = str(tmp_path / "broken")
+    config = make("fno", broken, data, *resources(2, "fsdp"), "checkpoint.keep_last=3", **RUN)
+    assert run_distributed(train, 2, config, False, 14) == ["crash", "crash"]
+    checkpoints = Store(broken).sub("checkpoints")
+    assert committed_steps(checkpoints) == [4, 8, 12]
+    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "rank-00000-000.bin", 100)
     path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "rank-00001-000.bin"
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    raw[len(raw) // 2] ^= 1  # found only when it is read
     path.write_bytes(raw)
-    run_distributed(train, 2, configs.load(broken + "/config.yaml"), True)
+    run_distributed(train, 2, prepare_resume(broken, ["checkpoint.keep_last=4"]), True)
     assert [row["resumed_from"] for row in read_attempts(Store(broken))] == [0, 4]
-    assert samples(broken) == samples(whole)
-    np.testing.assert_allclose(list(losses(broken).values()), list(losses(whole).values()), rtol=0, atol=1e-5)
+    assert committed_steps(checkpoints) == [8, 12, 16, 20]
+    assert not any(verify(checkpoints, step) for step in (8, 12, 16, 20))
+    reference = whole("fno", 2, "fsdp")
+    assert samples(broken) == samples(reference) and losses(broken) == losses(reference)
 
 
-def test_resume_with_another_micro_batch_keeps_the_steps(tmp_path, data):
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    run_distributed(train, 1, make("lm", whole, data, max_steps=9))
-    run_distributed(train, 1, make("lm", broken, data, max_steps=9), False, 6)
+def test_a_finished_run_keeps_its_record(tmp_path, data):
+    url = str(tmp_path / "run")
+    (record,) = run_distributed(train, 1, make("fno", url, data))
+    assert run_distributed(train, 1, prepare_resume(url, []), True) == [record]
+    assert read_record(Store(url)) == record and len(read_attempts(Store(url))) == 1
+
+
+def test_an_attempt_that_was_replaced_stops_before_it_commits(tmp_path, data):
+    url = str(tmp_path / "run")
+    config = make("fno", url, data)
+    with pytest.raises(RuntimeError, match=r"attempt 2 of the run at .* has started; this one, attempt 1, stops"):
+        run_distributed(replaced, 1, config)
+    assert committed_steps(Store(url).sub("checkpoints")) == []
+
+
+def replaced(config: configs.RunConfig) -> None:
+    """Worker function: another attempt starts while this one trains."""
+    advance = StreamPosition.on_train_batch_end
+
+    def rival(self: StreamPosition, trainer: Any, *arguments: Any) -> None:
+        advance(self, trainer, *arguments)
+        if trainer.global_step == 2:
+            start_attempt(Store(config.url), {"resumed_from": 0})
+
+    StreamPosition.on_train_batch_end = rival  # type: ignore[method-assign]
+    fit(config)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "status"),
+    [("SIGTERM", 75, "preempted"), ("SIGUSR1", 75, "preempted"), ("SIGINT", 130, "interrupted")],
+)
+def test_a_signal_to_one_of_two_ranks_ends_all_with_a_save(tmp_path, data, signum, code, status):
+    """Real workers under the real launcher; then the run continues bitwise."""
+    whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
+    two = "resources.processes_per_node=2"
+    for url in (whole, stopped):
+        make("lm", url, data, two, max_steps=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    keel = [sys.executable, "-m", "cluster.cli", "resume"]
+    launcher = subprocess.Popen([*keel, stopped, "checkpoint.every=50"], env=environment)
+    checkpoints = Store(stopped).sub("checkpoints")
+    deadline = time.monotonic() + 90
+    while not committed_steps(checkpoints) and launcher.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (worker,) = [pid for pid in children(launcher.pid) if "RANK=1" in environ(pid)]
+    os.kill(worker, getattr(signal, signum))
+    assert launcher.wait(90) == code
+    record = read_record(Store(stopped))
+    assert record["status"] == status and 50 <= record["steps"] < 300
+    assert committed_steps(checkpoints)[-1] == record["steps"]
+    if signum == "SIGTERM":
+        subprocess.run([*keel, whole, "checkpoint.every=50"], check=True, env=environment, timeout=120)
+        subprocess.run([*keel, stopped], check=True, env=environment, timeout=120)
+        assert losses(stopped) == losses(whole) and samples(stopped) == samples(whole)
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def environ(pid: int) -> list[str]:
+    with open(f"/proc/{pid}/environ") as file:
+        return file.read().split("\0")
+
+
+def test_resume_with_another_micro_batch_keeps_the_steps(tmp_path, data, whole):
+    broken = str(tmp_path / "broken")
+    run_distributed(train, 1, make("lm", broken, data, **RUN), False, 6)
     run_distributed(train, 1, prepare_resume(broken, ["train.micro_batch=1"]), True)
-    assert samples(broken) == samples(whole)
-    np.testing.assert_allclose(list(losses(broken).values()), list(losses(whole).values()), rtol=0, atol=1e-5)
+    assert samples(broken) == samples(whole("lm"))
+    np.testing.assert_allclose(list(losses(broken).values()), list(losses(whole("lm")).values()), rtol=0, atol=1e-5)
 
 
 def test_a_diverged_run_is_a_result(tmp_path, data):
@@ -159,7 +272,7 @@ def test_a_run_leaves_a_record_a_manifest_and_an_evaluation(tmp_path, data):
     assert record["config"]["model"]["name"] == "fno" and record["metrics"]["val/relative_l2"] > 0
     manifest = read_manifest(Store(url).sub("checkpoints"), 8)
     assert manifest["stream"]["position"] == 32 and manifest["stream"]["fingerprint"] == record["dataset"]
-    assert manifest["config_hash"] == record["run_id"] and manifest["code"]["torch"] == torch.__version__
+    assert manifest["config"] == record["config"] and manifest["code"]["torch"] == torch.__version__
     result = evaluate(url)
     assert result["samples"] == 4 and result["step"] == 8
     assert math.isfinite(result["metrics"]["rollout_relative_l2"])
@@ -205,7 +318,6 @@ def test_new_and_resume_refuse_what_would_mix_runs(tmp_path, data):
 def test_a_run_that_failed_before_its_first_commit_may_be_started_again(tmp_path, data):
     url = str(tmp_path / "run")
     config = make("fno", url, data)
-    prepare_new(config)  # no worker ever began
     assert run_distributed(train, 1, config, False, 2) == ["crash"]
     prepare_new(config)
     assert run_distributed(train, 1, config, False, 6) == ["crash"]

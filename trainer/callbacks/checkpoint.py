@@ -18,7 +18,8 @@ class Checkpoint(pl.Callback):
         every: optimiser steps between commits (0: only at the end).
         before_save: called on all ranks first. It puts the metric rows up to this step into the store, so that no resume
             leaves a hole in the curves, and learns whether the run is still healthy.
-        healthy: False once the run has diverged: its state is not worth keeping, and must not push out a good one.
+        healthy: asked on all ranks with step and module; False once the run has diverged: its state is not worth keeping,
+            and must not push out a good one.
         stalled: wraps the time that training stands still.
     """
 
@@ -28,7 +29,7 @@ class Checkpoint(pl.Callback):
         every: int,
         *,
         before_save: Callable[[], None],
-        healthy: Callable[[], bool],
+        healthy: Callable[[int, pl.LightningModule], bool],
         stalled: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.store, self.every = store, every
@@ -51,6 +52,6 @@ class Checkpoint(pl.Callback):
             return
         with self._stalled():
             self._before_save()
-            if self._healthy():
+            if self._healthy(step, trainer.lightning_module):
                 trainer.save_checkpoint(self.store.join(step_name(step)), weights_only=False)
         self._last = step

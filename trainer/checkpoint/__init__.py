@@ -3,7 +3,7 @@
 `step-00000100/` holds `rank-00000-000.bin` ... (raw little-endian tensor bytes), `state.pt` (small state, readable with
 `weights_only`), `manifest.json` (every tensor: dtype, shape, and where each chunk lies, with its crc32c; config, code
 version, stream state) and, last of all, `COMMITTED` (the manifest's SHA-256). Nothing is trusted without that marker,
-and nothing is ever unpickled.
+and nothing is unpickled but `state.pt`, under `weights_only`.
 """
 
 from trainer.checkpoint.checkpointer import Checkpointer

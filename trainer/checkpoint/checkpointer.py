@@ -21,6 +21,7 @@ from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.checkpoint.storage import ShardReader, ShardWriter, read_full
+from trainer.distributed import on_rank_zero, rank, world_size
 
 log = logging.getLogger("keel.checkpoint")
 
@@ -31,7 +32,7 @@ class Checkpointer:
     Args:
         store: the `checkpoints/` prefix of a run.
         describe: plain data written into each manifest (resolved config, code version ...).
-        part_bytes: upper bound of one object, and of the memory that a save takes beside the state.
+        part_bytes: size at which the next object is begun; only a larger chunk of one tensor makes a larger object.
         keep_last: how many committed steps are kept at least (2 or more).
         keep_every: steps divisible by it are kept for good (0: none).
     """
@@ -47,6 +48,8 @@ class Checkpointer:
     ) -> None:
         self.store, self.describe = store, describe or {}
         self.part_bytes, self.keep_last, self.keep_every = part_bytes, keep_last, keep_every
+        # Raises CheckpointError when this writer has been replaced; asked on rank 0 around every commit.
+        self.fence: Callable[[], None] = lambda: None
 
     def save(
         self,
@@ -71,17 +74,17 @@ class Checkpointer:
         Raises:
             CheckpointError: the store refused, or `extra` holds something that could not be loaded safely.
         """
-        rank, world = _rank(), _world()
+        me, world = rank(), world_size()
         folder = self.store.sub(manifests.step_name(step))
-        if _on_rank_zero(lambda: self._begin(folder)):
+        if on_rank_zero(lambda: self._begin(folder, step)):
             return False
         tensors, scalars = states.collect(module, optimizers)
-        tensors[f"{states.RNG}{rank:05d}"] = states.rng_state(device)
-        writer = ShardWriter(folder, rank, self.part_bytes)
+        tensors[f"{states.RNG}{me:05d}"] = states.rng_state(device)
+        writer = ShardWriter(folder, me, self.part_bytes)
         _dcp(
             lambda: dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized()), f"saving {folder.url}"
         )
-        _on_rank_zero(lambda: self._commit(folder, step, world, writer, scalars, extra, stream))
+        on_rank_zero(lambda: self._commit(folder, step, world, writer, scalars, extra, stream))
         return True
 
     def load(
@@ -93,11 +96,11 @@ class Checkpointer:
             CheckpointError: not committed, damaged, or made for another network (the tensors are named).
         """
         folder = self.store.sub(manifests.step_name(step))
-        manifest = _on_rank_zero(lambda: manifests.read_manifest(self.store, step))
+        manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
         tensors, scalars = states.collect(module, optimizers)
-        mine = f"{states.RNG}{_rank():05d}"
+        mine = f"{states.RNG}{rank():05d}"
         check_compatible(manifest, tensors, scalars, folder.url)
-        same_world = manifest["world_size"] == _world()
+        same_world = manifest["world_size"] == world_size()
         if same_world and mine in manifest["tensors"]:
             tensors[mine] = torch.empty(manifest["tensors"][mine]["shape"], dtype=torch.uint8)
         reader = ShardReader(folder, manifest["tensors"])
@@ -108,16 +111,21 @@ class Checkpointer:
         states.restore(module, optimizers, tensors, {name: manifest["scalars"][name] for name in scalars})
         if packed is not None:
             states.set_rng_state(packed, device)
-        return read_extra(folder)
+        return _unpack(on_rank_zero(lambda: _read_state(folder, manifest)))
 
     def latest(self, before: int | None = None) -> int | None:
         """The newest whole step, agreed on by all ranks; None when there is none."""
-        return _on_rank_zero(lambda: manifests.latest(self.store, before=before))
+        return on_rank_zero(lambda: manifests.latest(self.store, before=before))
 
-    def _begin(self, folder: Store) -> bool:
-        """Rank 0: True if the step is committed; otherwise removes what a killed attempt left of it."""
+    def _begin(self, folder: Store, step: int) -> bool:
+        """Rank 0: True if the step is committed and whole; otherwise removes what is there of it."""
+        self.fence()
         if folder.exists(manifests.MARKER):
-            return True
+            problems = manifests.verify(self.store, step)
+            if not problems:
+                return True
+            log.warning("%s was damaged and is written again: %s", folder.url, problems[0])
+            folder.delete(manifests.MARKER)
         folder.delete_tree("")
         return False
 
@@ -136,7 +144,7 @@ class Checkpointer:
         torch.save(extra, packed)
         state = packed.getvalue()
         try:
-            torch.load(io.BytesIO(state), weights_only=True)
+            _unpack(state)
         except Exception as error:
             raise CheckpointError(
                 f"the state of a callback or scheduler is not plain data and could not be loaded safely: {error}"
@@ -158,6 +166,7 @@ class Checkpointer:
         raw = json.dumps(document, indent=1, sort_keys=True).encode()
         folder.write(manifests.MANIFEST, raw)
         marker = json.dumps({"step": step, "manifest_sha256": hashlib.sha256(raw).hexdigest()}).encode()
+        self.fence()
         if not folder.create(manifests.MARKER, marker):
             raise CheckpointError(
                 f"{folder.url} was committed by another process meanwhile: two runs write to the same URL; stop one"
@@ -166,13 +175,17 @@ class Checkpointer:
 
     def _retain(self) -> None:
         """Rank 0: drops committed steps beyond the policy, marker first, so that a half-deleted one is never trusted."""
-        steps = manifests.committed_steps(self.store)
-        for step in steps[: -self.keep_last]:
-            if self.keep_every and step % self.keep_every == 0:
-                continue
-            folder = self.store.sub(manifests.step_name(step))
-            folder.delete(manifests.MARKER)
-            folder.delete_tree("")
+        try:
+            whole = 0
+            for step in reversed(manifests.committed_steps(self.store)):
+                if whole < self.keep_last:  # only whole ones count: the damaged cannot be fallen back to
+                    whole += not manifests.verify(self.store, step, deep=False)
+                elif not (self.keep_every and step % self.keep_every == 0):
+                    folder = self.store.sub(manifests.step_name(step))
+                    folder.delete(manifests.MARKER)
+                    folder.delete_tree("")
+        except StoreError as error:  # the new step is safe; the next save tries again
+            log.warning("old checkpoints could not be removed: %s", error)
 
 
 def check_compatible(
@@ -215,9 +228,16 @@ def load_module(store: Store, step: int, module: nn.Module) -> None:
     module.load_state_dict({name.removeprefix(states.MODEL): tensor for name, tensor in loaded.items()})
 
 
-def read_extra(folder: Store) -> dict[str, Any]:
-    """The small state of a step (not collective)."""
-    return torch.load(io.BytesIO(folder.read(manifests.STATE)), weights_only=True, map_location="cpu")
+def _read_state(folder: Store, manifest: dict[str, Any]) -> bytes:
+    raw = folder.read(manifests.STATE)
+    (entry,) = [file for file in manifest["files"] if file["path"] == manifests.STATE]
+    if len(raw) != entry["size"] or google_crc32c.value(raw) != entry["crc32c"]:
+        raise CorruptCheckpoint(f"{folder.join(manifests.STATE)} is corrupt: crc32c differs")
+    return raw
+
+
+def _unpack(state: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
 
 
 def _dcp(call: Callable[[], Any], what: str) -> None:
@@ -234,32 +254,6 @@ def _dcp(call: Callable[[], Any], what: str) -> None:
 
 def _cause(failure: Any) -> BaseException:
     return failure[0] if isinstance(failure, tuple) else failure
-
-
-def _on_rank_zero(call: Callable[[], Any]) -> Any:
-    """Runs `call` on rank 0 and gives all ranks its result, or raises its error on all of them."""
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = call()
-        except (CheckpointError, StoreError) as error:
-            box[1] = error
-        except Exception as error:
-            box[1] = CheckpointError(f"rank 0 failed: {type(error).__name__}: {error}")
-            box[1].__cause__ = error
-    if _world() > 1:
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _some(names: list[str]) -> str:

@@ -95,12 +95,20 @@ def latest(store: Store, *, before: int | None = None) -> int | None:
     Args:
         store: the `checkpoints/` store of a run.
         before: only steps below this one.
+
+    Raises:
+        CorruptCheckpoint: there are committed steps, and none is whole.
     """
-    for step in reversed(committed_steps(store)):
-        if before is not None and step >= before:
-            continue
+    steps = [step for step in committed_steps(store) if before is None or step < before]
+    found: list[str] = []
+    for step in reversed(steps):
         problems = verify(store, step, deep=False)
         if not problems:
             return step
+        found += problems[:1]
         log.warning("checkpoint %s passed over: %s", step_name(step), "; ".join(problems[:3]))
+    if steps:
+        raise CorruptCheckpoint(
+            f"no committed checkpoint at {store.url} is whole: {found[0]}; start a new run at another url"
+        )
     return None

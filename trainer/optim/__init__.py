@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer import registry
+from modules import registry
 
 OPTIMIZERS = {
     "adamw": "trainer.optim.torch_optim:AdamW",
@@ -12,4 +12,4 @@ OPTIMIZERS = {
 
 def lookup(name: str) -> tuple[type, Any]:
     """Config dataclass and builder (`builder(config, param_groups) -> Optimizer`) of an optimiser."""
-    return registry.lookup(OPTIMIZERS, name)
+    return registry.resolve(OPTIMIZERS, "optim", name)

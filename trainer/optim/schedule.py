@@ -1,6 +1,7 @@
 """Learning-rate schedules as a factor of the peak rate, a pure function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,6 +23,17 @@ def factor(step: int, *, name: str, max_steps: int, warmup_steps: int, min_lr_ra
     return min_lr_ratio + (1 - min_lr_ratio) * shape
 
 
+class Schedule(LambdaLR):
+    """`LambdaLR` whose rates after loading follow the present config, which may end later than the saved one."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        rates = [base * rule(self.last_epoch) for base, rule in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
 def build(
     optimizer: torch.optim.Optimizer,
     *,
@@ -30,7 +42,7 @@ def build(
     warmup_steps: int,
     min_lr_ratio: float,
     decay_steps: int,
-) -> LambdaLR:
+) -> Schedule:
     """The schedule as a torch scheduler; it scales every parameter group alike."""
 
     def lr_lambda(step: int) -> float:
@@ -43,4 +55,4 @@ def build(
             decay_steps=decay_steps,
         )
 
-    return LambdaLR(optimizer, lr_lambda)
+    return Schedule(optimizer, lr_lambda)

@@ -1,5 +1,6 @@
 """The methods that `torch.optim` has, with their configs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ class AdamWConfig:
         _positive("lr", self.lr)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}: two numbers in [0, 1)")
+        _positive("eps", self.eps)
+        _not_negative("weight_decay", self.weight_decay)
 
 
 class AdamW:
@@ -45,6 +48,8 @@ class SGDConfig:
 
     def __post_init__(self) -> None:
         _positive("lr", self.lr)
+        _not_negative("momentum", self.momentum)
+        _not_negative("weight_decay", self.weight_decay)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=true needs momentum > 0")
 
@@ -66,5 +71,10 @@ class SGD:
 
 
 def _positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{key}={value}: must be greater than 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key}={value}: must be greater than 0 and finite")
+
+
+def _not_negative(key: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{key}={value}: must be at least 0 and finite")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trainer import registry
+from modules import registry
 from trainer.parametrization.rule import Rule
 
 PARAMETRIZATIONS = {
@@ -19,7 +19,7 @@ PARAMETRIZATIONS = {
 
 def lookup(name: str) -> tuple[type, Any]:
     """Config dataclass and class of a parametrisation (`cls(config).rules(network) -> {parameter name: Rule}`)."""
-    return registry.lookup(PARAMETRIZATIONS, name)
+    return registry.resolve(PARAMETRIZATIONS, "parametrization", name)
 
 
 def groups(

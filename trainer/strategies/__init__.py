@@ -6,7 +6,7 @@ the task calls once to make a network distributed.
 
 from typing import Any
 
-from trainer import registry
+from modules import registry
 
 STRATEGIES = {
     "ddp": "trainer.strategies.ddp:DDP",
@@ -16,4 +16,4 @@ STRATEGIES = {
 
 def lookup(name: str) -> tuple[type, Any]:
     """Config dataclass and class of a strategy (`cls(config, checkpointer) -> lightning Strategy`)."""
-    return registry.lookup(STRATEGIES, name)
+    return registry.resolve(STRATEGIES, "strategy", name)

@@ -1,12 +1,10 @@
 """What Keel's strategies share: saving and loading through `trainer.checkpoint` instead of Lightning's own files."""
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
@@ -82,22 +80,6 @@ class Checkpointed(ParallelStrategy):
         self.on_loaded(step)
         _fit_counters(extra["loops"]["fit_loop"], step, self.lightning_module.trainer.accumulate_grad_batches)
         return {**extra, "state_dict": {}, "optimizer_states": []}
-
-
-def init_process_group(accelerator: str) -> None:
-    """Joins the process group that the launcher's environment names; a lone process needs no address.
-
-    CPU collectives (checkpoint plans, host decisions) go over gloo, also next to NCCL.
-    """
-    if dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
-    if accelerator == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend)
 
 
 def _without_loader_state(fit_loop: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from trainer.checkpoint import Checkpointer
@@ -39,8 +40,12 @@ class FSDP(Checkpointed, ModelParallelStrategy):
         self.config, self.checkpointer = config, checkpointer
 
     def prepare(self, network: nn.Module) -> None:
-        mesh = self.device_mesh["data_parallel"]
-        for block in network.blocks():  # type: ignore[operator]
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
-        # The root keeps its parameters between forward and backward: they are needed again at once.
-        fully_shard(network, mesh=mesh, reshard_after_forward=False)
+        shard(network, self.device_mesh["data_parallel"], self.config.reshard_after_forward)
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool) -> None:
+    """Splits each block of `network` over `mesh`, and what lies outside of blocks with the root."""
+    for block in network.blocks():  # type: ignore[operator]
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    # The root keeps its parameters between forward and backward: they are needed again at once.
+    fully_shard(network, mesh=mesh, reshard_after_forward=False)

@@ -1,0 +1,78 @@
+"""The few things that ranks tell each other outside of training steps."""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from datamodules.store import StoreError
+from trainer.checkpoint.errors import CheckpointError
+
+_ERROR_KEY = "keel/error"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def init_process_group(accelerator: str, timeout_seconds: float) -> None:
+    """Joins the process group that the launcher's environment names; a lone process needs no address.
+
+    CPU collectives (checkpoint plans, host decisions) go over gloo, also next to NCCL.
+    """
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    if accelerator == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def on_rank_zero(call: Callable[[], Any]) -> Any:
+    """Runs `call` on rank 0 and gives all ranks its result, or raises its error on all of them. Collective."""
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = call()
+        except (CheckpointError, StoreError, ValueError) as error:
+            box[1] = error
+        except Exception as error:
+            box[1] = CheckpointError(f"rank 0 failed: {type(error).__name__}: {error}")
+            box[1].__cause__ = error
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def post_error(line: str) -> None:
+    """Leaves the cause of this rank's end where the others look when their collectives break."""
+    if world_size() > 1:
+        try:
+            dist.distributed_c10d._get_default_store().set(_ERROR_KEY, line)
+        except RuntimeError:  # the store went with the rank that held it; nobody is left to be told
+            return
+
+
+def posted_error() -> str | None:
+    """What another rank left with `post_error`, if anything."""
+    if world_size() > 1:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            if store.check([_ERROR_KEY]):
+                return store.get(_ERROR_KEY).decode()
+        except RuntimeError:
+            return None
+    return None
