@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,18 @@ def unavailable(reason: str) -> None:
     if os.environ.get("KEEL_REQUIRE") == "all":
         pytest.fail(f"KEEL_REQUIRE=all: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under KEEL_REQUIRE=all every skip is a failure, however it came about."""
+    report = yield
+    if report.skipped and os.environ.get("KEEL_REQUIRE") == "all":
+        report.outcome = "failed"
+        report.longrepr = f"KEEL_REQUIRE=all: {item.nodeid} was skipped: {call.excinfo.value if call.excinfo else ''}"
+    return report
 
 
 @dataclass

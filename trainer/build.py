@@ -1,7 +1,6 @@
 """Builds the parts of a run from its config: task, data module, optimiser. Everything here is deterministic in the config."""
 
 import dataclasses
-import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +12,7 @@ from modules import registry as model_registry
 from modules.tasks.base import Task
 from trainer import diagnostics, optim, parametrization
 from trainer.config import ConfigError
+from trainer.distributed import local_world_size
 from trainer.optim import schedule
 from trainer.parametrization.rule import Rule
 from trainer.schema import RunConfig
@@ -82,7 +82,7 @@ def accelerator_name(name: str) -> str:
     Raises:
         ConfigError: `cuda` with fewer devices than processes.
     """
-    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    processes, devices = local_world_size(), torch.cuda.device_count()
     if name == "cuda" and devices < processes:
         raise ConfigError(
             f"resources.accelerator=cuda: {processes} processes on this machine, but {devices} CUDA devices; "

@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
 from datamodules.store import Store, join_url
 from modules.tasks.base import Task
@@ -30,7 +29,14 @@ from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.validation import MissedValidation
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name
 from trainer.config import ConfigError
-from trainer.distributed import init_process_group, on_rank_zero, post_error, posted_error
+from trainer.distributed import (
+    LaunchedEnvironment,
+    init_process_group,
+    local_world_size,
+    on_rank_zero,
+    post_error,
+    posted_error,
+)
 from trainer.environment import environment
 from trainer.errors import is_user_error
 from trainer.flops import count_flops, device_peak
@@ -211,10 +217,10 @@ def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list
     """A Lightning trainer that only drives the loop: what it logs and saves is Keel's."""
     trainer = pl.Trainer(
         accelerator=accelerator,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        devices=local_world_size(),
         num_nodes=config.resources.nodes,
         strategy=strategy,
-        plugins=[TorchElasticEnvironment()],
+        plugins=[LaunchedEnvironment()],
         precision=config.train.precision,  # type: ignore[arg-type]
         max_steps=config.train.max_steps,
         max_epochs=-1,
@@ -240,13 +246,7 @@ def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list
 
 def _in_this_world(config: RunConfig) -> RunConfig:
     """The config with the resources that the launcher really gave; refuses a batch that does not divide over them."""
-    world = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    local = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(world)))
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("GROUP_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), local_world_size()
     resources = dataclasses.replace(config.resources, nodes=world // local, processes_per_node=local)
     try:
         return dataclasses.replace(config, resources=resources)

@@ -1,42 +1,86 @@
 """What every benchmark shares: one table on the terminal, the same figures by name in a JSON file."""
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+_shown: list[tuple[str, list[str], list[list[str]], str]] = []
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks take."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", metavar="FILE", help="write the figures there, by name")
+    made.add_argument("--markdown", metavar="FILE", help="write the table there, with date, machine and command")
     return made
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
     """Prints one table; floats with four significant digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    _shown.append((title, list(columns), cells, note))
     table = Table(title=title, caption=note or None, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    for row in cells:
+        table.add_row(*row)
     Console(width=140).print(table)
 
 
-def save(path: str | None, figures: dict[str, Any]) -> None:
-    """Writes the figures with what they were measured on."""
-    if path:
-        import torch
+def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes the figures, and the table shown last, with what they were measured on, where the options say."""
+    import torch
 
-        machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-        with open(path, "w") as file:
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *_without_paths(sys.argv[1:])]),
+    }
+    if options.json:
+        with open(options.json, "w") as file:
             json.dump({"machine": machine, **figures}, file, indent=1, sort_keys=True)
             file.write("\n")
+    if options.markdown:
+        title, columns, rows, note = _shown[-1]
+        lines = [f"# {title}", "", f"{note}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+        with open(options.markdown, "w") as file:
+            file.write("\n".join(lines))
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(__file__),
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    kept = list(arguments)
+    for option in ("--json", "--markdown"):
+        if option in kept:
+            at = kept.index(option)
+            del kept[at : at + 2]
+    return kept
 
 
 def median_of_ratios(pairs: Sequence[tuple[float, float]]) -> float:

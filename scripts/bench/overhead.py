@@ -159,7 +159,7 @@ def main() -> None:
         rows,
         f"{options.steps} steps, {options.repeats} paired repeats, {torch.get_num_threads()} threads; aim 1.03",
     )
-    save(options.json, figures)
+    save(options, figures)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ At the end the losses must be bitwise those of the uninterrupted run, and every 
 """
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,33 +15,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]  # before what follows
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]  # before what follows
 
 import yaml
 from _table import parser, save, show
+from demo import kill_tree
 
 from datamodules.store import Store
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer.checkpoint import latest
 from trainer.records import read_metrics, read_record, read_trace
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path("/proc", entry, "stat").read_text()
-            except OSError:
-                continue
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
-    found, queue = [], [pid]
-    while queue:
-        for child in children.get(queue.pop(), []):
-            found.append(child)
-            queue.append(child)
-    return found
 
 
 def run(command: list[str], kill_after: float | None) -> bool:
@@ -52,12 +33,7 @@ def run(command: list[str], kill_after: float | None) -> bool:
     try:
         code = process.wait(kill_after)
     except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        process.wait()
+        kill_tree(process)
         return False
     if code:
         raise SystemExit(f"keel {' '.join(command)} failed with exit code {code}")
@@ -119,7 +95,7 @@ def main() -> None:
         rows,
         f"{attempts} attempts that began; losses bitwise equal: {equal}; samples of each step equal: {same}",
     )
-    save(options.json, {"kills": figures, "losses_bitwise_equal": equal, "samples_equal": same, "attempts": attempts})
+    save(options, {"kills": figures, "losses_bitwise_equal": equal, "samples_equal": same, "attempts": attempts})
     if not (equal and same and kills >= options.kills):
         raise SystemExit(json.dumps({"equal": equal, "same": same, "kills": kills}))
 

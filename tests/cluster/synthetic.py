@@ -74,7 +74,13 @@ def operator_row(step: int, attempt: int) -> dict:
     """One row of training, with what the diagnostics log every 10 steps."""
     noise = math.sin(37.0 * step) * 0.05
     loss = math.exp(-step / 50 + noise) + 0.02
-    row = {"step": step, "attempt": attempt, "loss": loss, "lr": 1e-3 * min(1.0, step / 20), "grad_norm": 2.0 + noise}
+    row = {
+        "step": step,
+        "attempt": attempt,
+        "loss": loss,
+        "lr": 1e-3 * min(1.0, step / 20),
+        "diag/gradients/norm": 2.0 + noise,
+    }
     if step % 10 == 0:
         row |= {
             "throughput/samples_per_s": 40 + noise,
