@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
-from datamodules.store import StoreError
-from trainer.checkpoint.errors import CheckpointError
-
 _ERROR_KEY = "keel/error"
 
 
@@ -89,11 +86,8 @@ def on_rank_zero(call: Callable[[], Any]) -> Any:
     if rank() == 0:
         try:
             box[0] = call()
-        except (CheckpointError, StoreError, ValueError) as error:
-            box[1] = error
         except Exception as error:
-            box[1] = CheckpointError(f"rank 0 failed: {type(error).__name__}: {error}")
-            box[1].__cause__ = error
+            box[1] = error
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

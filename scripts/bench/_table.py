@@ -59,6 +59,7 @@ def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         lines = [f"# {title}", "", f"{note}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines += ["", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+        os.makedirs(os.path.dirname(options.markdown) or ".", exist_ok=True)
         with open(options.markdown, "w") as file:
             file.write("\n".join(lines))
 

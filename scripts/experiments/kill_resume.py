@@ -79,7 +79,7 @@ def main() -> None:
             command = ["resume", url] if begun else ["train", f"{folder}/killed.yaml"]
             # From the middle of the start-up on, and so early that training does not end before the last kill.
             latest_instant = startup + 1.5 * training / options.kills
-            wait = generator.uniform(0.5 * startup, latest_instant) if kills < options.kills else None
+            wait = generator.uniform(0.6 * startup, latest_instant) if kills < options.kills else None
             done = run(command, wait)
             if not done:
                 kills += 1
