@@ -130,6 +130,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--steps", type=int, default=101)
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--only", metavar="WORD", default="", help="only the runs whose name holds this")
     options = arguments.parse_args()
     quiet()
     rows, figures = [], {}
@@ -137,6 +138,8 @@ def main() -> None:
         data = {"fno": fields(f"{folder}/fields"), "transformer": text(f"{folder}/text")}
         for kind in ("fno", "transformer"):
             for strategy in ("ddp", "fsdp"):
+                if options.only not in f"{kind}, {strategy}":
+                    continue
                 raw = config(kind, strategy, data[kind], options.steps)
                 ours, theirs = [], []
                 for repeat in range(options.repeats):

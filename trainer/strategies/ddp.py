@@ -34,3 +34,7 @@ class DDP(Checkpointed, DDPStrategy):
             gradient_as_bucket_view=True,
         )
         self.checkpointer = checkpointer
+
+    def configure_ddp(self) -> None:
+        if self.world_size > 1:  # a lone process has nobody to share gradients with: no wrapper, no copies
+            super().configure_ddp()
