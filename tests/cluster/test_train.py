@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,53 @@ def test_train_resume_evaluate_report(data: str, tmp_path: Path, capsys: pytest.
     assert "step-00000008" in capsys.readouterr().out
     assert cli.main(["report", url]) == 0
     assert "resumed (attempt 2)" in store.read("report.html").decode()
+
+
+def test_the_language_config_runs(tmp_path: Path) -> None:
+    data, url = str(tmp_path / "text"), str(tmp_path / "run")
+    assert (
+        cli.main(
+            ["data", "make", str(ROOT / "configs/data/stdlib_text.yaml"), f"url={data}", "generator.max_bytes=200000"]
+        )
+        == 0
+    )
+    quick = [
+        "train.max_steps=2",
+        "train.val_every=2",
+        "data.val_samples=4",
+        "schedule.warmup_steps=1",
+        "train.global_batch=2",
+    ]
+    done = keel(
+        "train", "configs/runs/demo_lm.yaml", f"url={url}", f"data.url={data}", "resources.processes_per_node=1", *quick
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{url}: ok after 2 steps, loss ")
+
+
+def test_no_worker_outlives_a_killed_launcher(data: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        "train",
+        "configs/runs/demo_fno.yaml",
+        f"url={url}",
+        f"data.url={data}",
+    ]
+    launcher = subprocess.Popen([*command, *SMALL, "train.max_steps=100000", "checkpoint.every=3"], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not Store(url).exists("checkpoints/step-00000003/COMMITTED"):
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    assert len(workers) == 2
+    launcher.kill()
+    launcher.wait(30)
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its launcher"
+        time.sleep(0.05)
 
 
 def test_missing_data_is_one_line_and_the_url_can_be_used_again(data: str, tmp_path: Path) -> None:
