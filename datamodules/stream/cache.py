@@ -176,10 +176,14 @@ class ShardCache:
     def _download(self, source: Source, path: str, size: int, part: str) -> int:
         """Fill ``part`` from the store; returns the CRC-32 of the bytes."""
         checksum = 0
+        # Equal blocks: shards are often slightly larger than a power of two, and a last block of a few bytes would cost a
+        # round of its own.
+        rounds = max(1, round(size / (BLOCK * PARALLEL)))
+        step = max(1, -(-size // (rounds * PARALLEL)))
         with open(part, "r+b") as file:
-            for first in range(0, size, BLOCK * PARALLEL):
-                last = min(first + BLOCK * PARALLEL, size)
-                blocks = source.read_ranges([(path, a, min(a + BLOCK, last)) for a in range(first, last, BLOCK)])
+            for first in range(0, size, step * PARALLEL):
+                last = min(first + step * PARALLEL, size)
+                blocks = source.read_ranges([(path, a, min(a + step, last)) for a in range(first, last, step)])
                 for block in blocks:
                     checksum = crc32(block, checksum)
                     file.write(block)

@@ -10,6 +10,7 @@
 # apt where this is root (exit code 3 where it is not). Bounds, read when DIR is made:
 #   KEEL_CEPH_BYTES    size of the OSD's file, which bounds the disk (default 1.5 GiB; it is sparse)
 #   KEEL_CEPH_MEMORY   bytes of the OSD's cache (default 128 MiB)
+#   KEEL_CEPH_REQUESTS 1: log each request, with its bytes, in DIR/log/requests.log
 set -euo pipefail
 unset PYTHONPATH PYTHONHOME CEPH_ARGS CEPH_CONF CEPH_KEYRING LD_PRELOAD  # the `ceph` command is a Python program
 
@@ -142,6 +143,8 @@ osd class update on start = false
 rgw data = $dir/rgw
 rgw frontends = beast endpoint=127.0.0.1:$port tcp_nodelay=1
 rgw thread pool size = 64
+log file = $dir/log/requests.log
+debug rgw = ${KEEL_CEPH_REQUESTS:-0}
 # Deleted data is freed soon: the file is small.
 rgw gc obj min wait = 5
 rgw gc processor period = 5

@@ -1,0 +1,228 @@
+"""Tables of the stream benchmark, on the terminal and as Markdown, with each aim beside what was reached."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from _table import show
+from stream_cases import Case, cases
+
+AIMS = """Aims: cached and local at least 10 times the best peer and half of the `readinto` limit; cold from S3 at least twice \
+the best peer and 80 % of the GET limit; windows cold from S3 at least 5 times the best peer with at most 1.2 bytes \
+fetched per byte used; first batch before the best peer's; resume independent of the position; memory flat over 20 epochs."""
+
+Row = dict[str, Any]
+
+
+def environment(pythons: dict[str, str]) -> Row:
+    """When, on what and with which versions this was measured."""
+    versions = {}
+    for library, interpreter in pythons.items():
+        name = "keel" if library == "keel" else library
+        code = f"import importlib.metadata as m; print(m.version({name!r}))"
+        done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True)
+        versions[library] = done.stdout.strip() or "?"
+    model = next(
+        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in l), ""
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d"), "versions": versions, "commit": commit, "load": os.getloadavg()[1],
+        "hardware": f"{os.cpu_count()} cores ({model or platform.machine()}), {memory} GiB",
+    }  # fmt: skip
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else None
+
+
+def _median(rows: list[Row], value: Callable[[Row], float | None]) -> float | None:
+    return median(map(value, rows))
+
+
+def _cold(row: Row) -> float | None:
+    return row["cold_samples"] / row["cold_s"] if "cold_s" in row else None
+
+
+def _cached(row: Row) -> float | None:
+    return row["cached_samples"] / row["cached_s"] if "cached_s" in row else None
+
+
+def summary(figures: Row) -> list[Row]:
+    """One entry for each case, source and library: medians over the repeats."""
+    out = []
+    keys = dict.fromkeys((r["case"], r["source"], r["library"]) for r in figures["rows"])
+    for name, source, library in keys:
+        rows = [r for r in figures["rows"] if (r["case"], r["source"], r["library"]) == (name, source, library)]
+        resume = next((r["resume_s"] for r in rows if r.get("resume_s")), [None, None])
+        rss = [r["rss"] for r in rows if len(r.get("rss", ())) >= 20]
+        out.append(
+            {
+                "case": name, "source": source, "library": library,
+                "cold": _median(rows, _cold), "cached": _median(rows, _cached),
+                "first": _median(rows, lambda r: r.get("first_batch_s")), "resume": resume,
+                "ratio": _median(rows, lambda r: r.get("fetched_per_used")),
+                "requests": _median(rows, lambda r: r.get("requests")),
+                "memory": _median(rows, lambda r: r.get("memory")),
+                "growth": median(statistics.median(r[-3:]) - statistics.median(r[2:5]) for r in rss),
+                "epochs": _median(rows, lambda r: r.get("cached_epochs")),
+                "exact": all(r.get("exact", True) for r in rows), "errors": [r["error"] for r in rows if "error" in r],
+            }
+        )  # fmt: skip
+    return out
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+COLUMNS = (
+    "library", "cold samples/s", "cold MB/s", "cached samples/s", "cached MB/s", "first batch s", "resume s at 1/4, 3/4",
+    "bytes fetched / used", "GETs", "peak memory MB",
+)  # fmt: skip
+
+
+def table(figures: Row, entries: list[Row], case: Case, source: str) -> list[list[str]]:
+    """Rows of one case and source, the limits last."""
+    out = []
+    mb = case.sample_bytes / 1e6
+    for e in entries:
+        if e["cold"] is None:
+            out.append([e["library"], *["-"] * 8, (e["errors"] or ["?"])[0]])
+            continue
+        resume = ", ".join(_number(v, 2) for v in e["resume"])
+        name = e["library"] + ("" if e["exact"] else " (samples lost or repeated!)")
+        if e["errors"]:
+            name += f" ({len(e['errors'])} of {figures['repeats']} runs failed)"
+        out.append([
+            name, _number(e["cold"]), _number(e["cold"] * mb), _number(e["cached"]), _number(e["cached"] * mb),
+            _number(e["first"], 2), resume, _number(e["ratio"]), _number(e["requests"]), _number(e["memory"] / 1e6),
+        ])  # fmt: skip
+    for what, label in (("cold", "cold"), ("cached", "cached")):
+        limit = _limit(figures, case.name, source, what)
+        if limit is not None:
+            kind = "16 range GETs" if (source, what) == ("s3", "cold") else "preadv"
+            blank = ["-"] * 5
+            values = [_number(limit), _number(limit * mb)]
+            row = [*values, "-", "-"] if what == "cold" else ["-", "-", *values]
+            out.append([f"limit, {label}: {kind}", *row, *blank])
+    return out
+
+
+def _limit(figures: Row, case: str, source: str, what: str) -> float | None:
+    rows = [r for r in figures["limits"] if (r["case"], r["source"]) == (case, source)]
+    return _median(rows, lambda r: r.get(what))
+
+
+def verdicts(figures: Row, entries: list[Row]) -> list[list[str]]:
+    """Each aim: what was asked, what was reached, whether that is enough."""
+    out: list[list[str]] = []
+    groups = dict.fromkeys((e["case"], e["source"]) for e in entries)
+
+    def add(what: str, reached: float | None, aim: float, at_least: bool = True) -> None:
+        if reached is not None:
+            met = reached >= aim if at_least else reached <= aim
+            out.append([what, f"{'>=' if at_least else '<='} {aim:g}", _number(reached), "yes" if met else "no"])
+
+    for case, source in groups:
+        here = [e for e in entries if (e["case"], e["source"]) == (case, source)]
+        keel = next((e for e in here if e["library"] == "keel"), None)
+        peers = [e for e in here if not e["library"].startswith("keel") and e["cold"] is not None]
+        if keel is None or keel["cold"] is None:
+            continue
+        name = f"{case}, {source}"
+        for what, aim, share in (("cached", 10.0, 0.5), ("cold", 5.0 if case == "windows" else 2.0, 0.8)):
+            if what == "cold" and source == "local":
+                continue  # no aim
+            best = max((e[what] for e in peers), default=None)
+            reader = keel
+            if what == "cached" and source == "s3":
+                reader = max((e for e in here if e["library"].startswith("keel")), key=lambda e: e["cached"] or 0)
+            if best:
+                label = "" if reader is keel else f" [{reader['library']}]"
+                add(f"{name}: {what} over the best peer{label}", reader[what] / best, aim)
+            limit = _limit(figures, case, source, what)
+            if limit:
+                add(f"{name}: {what} over its limit", reader[what] / limit, share)
+        if case == "windows" and source == "s3":
+            add(f"{name}: bytes fetched per byte used", keel["ratio"], 1.2, at_least=False)
+        first = min((e["first"] for e in peers), default=None)
+        if first:
+            add(f"{name}: first batch over the best peer's", keel["first"] / first, 1.0, at_least=False)
+        if all(keel["resume"]):
+            early, late = keel["resume"]
+            add(f"{name}: resume at 3/4 over resume at 1/4", late / early, 1.5, at_least=False)
+        if keel["growth"] is not None and (keel["epochs"] or 0) >= 20:
+            add(
+                f"{name}: MB of memory gained over {keel['epochs']:.0f} epochs",
+                keel["growth"] / 1e6,
+                16.0,
+                at_least=False,
+            )
+    return out
+
+
+def markdown(figures: Row) -> str:
+    """The whole report."""
+    entries = summary(figures)
+    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    lines = [
+        "# Streaming: Keel and its peers",
+        "",
+        f"{figures['date']}, {figures['hardware']}, load average {figures['load']:.1f} at the end; Python "
+        f"{platform.python_version()}; {versions}; commit {figures['commit']}. {figures['repeats']} paired repeats, medians, "
+        f"{figures['workers']} workers (Keel: threads), {figures['minutes']:.0f} minutes"
+        + ("; small data (`--quick`)." if figures["quick"] else "."),
+        "",
+        "Made by `python scripts/bench/stream.py --markdown docs/results/stream.md`; how it measures is said there. Server: "
+        "Ceph's radosgw on the same machine, so server and readers share the cores.",
+        "",
+        AIMS,
+        "",
+        *_markdown_table(("aim", "asked", "reached", "met"), verdicts(figures, entries)),
+    ]
+    for case in cases(figures["quick"]).values():
+        for source in ("local", "s3"):
+            here = [e for e in entries if (e["case"], e["source"]) == (case.name, source)]
+            if here:
+                shape = f"{case.items:,} x {case.dtype}{list(case.shape)}"
+                part = f", {case.window} frames of each" if case.window else ""
+                lines += ["", f"## {case.name} from {source}: {shape}{part}", ""]
+                lines += _markdown_table(COLUMNS, table(figures, here, case, source))
+    notes = Path(__file__).with_name("stream_notes.md")
+    if notes.exists():
+        lines += ["", notes.read_text().strip()]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    bars = ["---"] + ["---:"] * (len(columns) - 1)
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, bars, *rows)]
+
+
+def show_all(figures: Row, path: str | None) -> None:
+    """Print all tables; write them to `path` if given."""
+    entries = summary(figures)
+    for case in cases(figures["quick"]).values():
+        for source in ("local", "s3"):
+            here = [e for e in entries if (e["case"], e["source"]) == (case.name, source)]
+            if here:
+                show(f"{case.name} from {source}", COLUMNS, table(figures, here, case, source))
+    show("aims", ("aim", "asked", "reached", "met"), verdicts(figures, entries))
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(markdown(figures))
