@@ -24,3 +24,29 @@ def crc32c(data: Buffer) -> int:
 def crc32(data: Buffer, previous: int = 0) -> int:
     """CRC-32 (IEEE, that of zlib) of what `previous` covers followed by `data`."""
     return zlib.crc32(data.data if isinstance(data, np.ndarray) else data, previous)
+
+
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, bits reversed: x^0 is the highest bit
+
+
+def combine_crc32(first: int, second: int, length: int) -> int:
+    """CRC-32 of A followed by B from those of A and of B, which has ``length`` bytes: ranges can be summed in any order.
+
+    Appending n bytes multiplies a CRC by x^(8 n) modulo the polynomial.
+    """
+    power, square = 1 << 31, 1 << 23  # x^0, and x^8: a byte
+    while length:
+        if length & 1:
+            power = _multiply(power, square)
+        square, length = _multiply(square, square), length >> 1
+    return _multiply(power, first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials over GF(2), modulo that of CRC-32."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product

@@ -1,5 +1,6 @@
 """Object storage and local disk behind one small interface: see `Store`."""
 
+from .direct import Sink
 from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
 from .retry import Retry
 from .store import Store, canonical_json, join_url
@@ -11,6 +12,7 @@ __all__ = [
     "OutOfSpace",
     "Retry",
     "ShortRead",
+    "Sink",
     "Store",
     "StoreError",
     "Unreachable",

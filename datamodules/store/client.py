@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .direct import SIGNED_SECONDS, DirectReads, Part, unsupported
+from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, unsupported
 from .errors import StoreError
 from .retry import is_transient, response_of
 
@@ -40,12 +40,14 @@ class Client:
     direct_worked: bool = False
     conditional: dict[str, bool] = field(default_factory=dict)
 
-    def read_parts(self, parts: Sequence[Part], concurrency: int) -> list[bytes | BaseException]:
-        """The bytes of each part, or what went wrong with it."""
+    def read_parts(
+        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None = None
+    ) -> list[bytes | int | BaseException]:
+        """The bytes of each part (with sinks, which get them: their number), or what went wrong with it."""
         direct = self.direct
         if direct is None:
-            return self._through_filesystem(parts, concurrency)
-        results: list[Any] = direct.get(parts)
+            return self._through_filesystem(parts, concurrency, sinks)
+        results: list[Any] = direct.get(parts, sinks)
         refused = [i for i, result in enumerate(results) if isinstance(result, BaseException) and _refusal(result)]
         if len(refused) < len(parts):
             self.direct_worked = True
@@ -53,7 +55,8 @@ class Client:
             # Perhaps its signature is too old, or this server takes no signed URLs: s3fs has the last word.
             for i in refused:
                 direct.forget(parts[i][0])
-            again = self._through_filesystem([parts[i] for i in refused], concurrency)
+            theirs = [sinks[i] for i in refused] if sinks else None
+            again = self._through_filesystem([parts[i] for i in refused], concurrency, theirs)
             for i, result in zip(refused, again, strict=True):
                 if not isinstance(result, BaseException) and not self.direct_worked and self.direct is not None:
                     self.direct = None
@@ -61,15 +64,22 @@ class Client:
                 results[i] = result
         return results
 
-    def _through_filesystem(self, parts: Sequence[Part], concurrency: int) -> list[bytes | BaseException]:
+    def _through_filesystem(
+        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None = None
+    ) -> list[bytes | int | BaseException]:
         if len(parts) == 1 and parts[0][1:] == (0, None):  # no range: an empty object has none
             try:
-                return [bytes(self.filesystem.cat_file(parts[0][0]))]
+                found: list[Any] = [bytes(self.filesystem.cat_file(parts[0][0]))]
             except Exception as error:
                 return [error]
-        keys, starts, ends = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
-        batch = {"batch_size": concurrency} if getattr(self.filesystem, "async_impl", False) else {}
-        found: list[bytes | BaseException] = self.filesystem.cat_ranges(keys, starts, ends, on_error="return", **batch)
+        else:
+            keys, starts, ends = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
+            batch = {"batch_size": concurrency} if getattr(self.filesystem, "async_impl", False) else {}
+            found = self.filesystem.cat_ranges(keys, starts, ends, on_error="return", **batch)
+        for i, sink in enumerate(sinks or ()):
+            if not isinstance(found[i], BaseException):
+                sink(0, memoryview(found[i]))
+                found[i] = len(found[i])
         return found
 
 

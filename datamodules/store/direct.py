@@ -14,7 +14,9 @@ import http.client
 import io
 import os
 import re
+import socket
 import ssl
+import struct
 import threading
 import time
 import urllib.request
@@ -27,10 +29,14 @@ SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
 MAX_URLS = 65536
 SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
-PIECE = 1 << 20  # bytes asked of the socket at once
+PIECE = 1 << 20  # bytes asked of the socket at once ...
+SINK_PIECE = 256 << 10  # ... and where a sink takes them: what is still in the processor's cache when it does
 ERROR_BYTES = 64 << 10  # of an error's body
 
 Part = tuple[str, int, int | None]  # key, start, end (None: to the end of the object)
+# Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
+# memory is used again after the call.
+Sink = Callable[[int, memoryview], None]
 
 
 class HttpError(OSError):
@@ -78,21 +84,28 @@ class DirectReads:
         self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-store")
         self._tls: ssl.SSLContext | None = None
+        self._scratch = threading.local()
 
-    def get(self, parts: Sequence[Part]) -> list[bytes | bytearray | BaseException]:
-        """The bytes of each part, or what went wrong with it. A body that ends early is an error, never shorter bytes."""
+    def get(
+        self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None
+    ) -> list[bytes | bytearray | int | BaseException]:
+        """The bytes of each part (with sinks: their number), or what went wrong with it.
+
+        A body that ends early is an error, never shorter bytes.
+        """
+        each: Sequence[Sink | None] = sinks or [None] * len(parts)
         if len(parts) == 1:
-            return [self._one(parts[0])]
-        return list(self._pool.map(self._one, parts))
+            return [self._one(parts[0], each[0])]
+        return list(self._pool.map(self._one, parts, each))
 
     def forget(self, key: str) -> None:
         """Sign `key` anew when it is next read."""
         with self._lock:
             self._urls.pop(key, None)
 
-    def _one(self, part: Part) -> bytes | bytearray | BaseException:
+    def _one(self, part: Part, sink: Sink | None) -> bytes | bytearray | int | BaseException:
         try:
-            return self._read(*part)
+            return self._read(*part, sink)
         except Exception as error:
             return error
 
@@ -108,7 +121,7 @@ class DirectReads:
                 self._urls[key] = now, url
         return url
 
-    def _read(self, key: str, start: int, end: int | None) -> bytes | bytearray:
+    def _read(self, key: str, start: int, end: int | None, sink: Sink | None) -> bytes | bytearray | int:
         url = self._url(key)
         place = (url.scheme, url.netloc)
         headers = {"Accept-Encoding": "identity"}
@@ -130,7 +143,8 @@ class DirectReads:
                         raise
                     connection.close()
                     continue  # the server closed it while it was idle: no fault
-                body = self._body(response, end - start if end is not None else None, url.netloc)
+                wanted = end - start if end is not None else None
+                body = self._body(response, wanted, url.netloc, connection.sock, sink)
             except BaseException:
                 connection.close()
                 raise
@@ -159,6 +173,9 @@ class DirectReads:
         except OSError as error:
             raise type(error)(error.errno, f"{error.strerror or error}, connecting to {url.netloc}") from error
         connection.sock.settimeout(self.read_timeout)
+        seconds = int(self.read_timeout)
+        within = struct.pack("ll", seconds, int((self.read_timeout - seconds) * 1e6))
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, within)  # for reads that block in the kernel
         return connection
 
     def _context(self) -> ssl.SSLContext:
@@ -170,35 +187,89 @@ class DirectReads:
             self._tls = context
         return self._tls
 
-    def _body(self, response: http.client.HTTPResponse, wanted: int | None, host: str) -> bytes | bytearray:
-        """The whole body; raises for any other answer, too slow a body, and one that is too short or too long."""
+    def _body(
+        self,
+        response: http.client.HTTPResponse,
+        wanted: int | None,
+        host: str,
+        sock: socket.socket | None,
+        sink: Sink | None,
+    ) -> bytes | bytearray | int:
+        """The whole body, or its length once a sink has it; raises for any other answer, too slow a body, and one that is
+        too short or too long."""
         if response.status == 404:
-            body = response.read(ERROR_BYTES)
-            raise FileNotFoundError(errno.ENOENT, _field(body, b"Code") or "Not Found", host)
+            code = _field(response.read(ERROR_BYTES), b"Code")
+            raise FileNotFoundError(errno.ENOENT, code or "Not Found", host)
         if response.status not in (200, 206):
             raise HttpError(response.status, response.read(ERROR_BYTES), host)
         if response.status == 200 and wanted is not None:
             raise HttpError(response.status, b"<Code>RangeIgnored</Code>", host)
         length = response.length
-        if length is None:
-            return response.read()  # chunked, which no store does for an object
+        if length is None:  # chunked, which no store does for an object
+            unsized = response.read()
+            if sink is None:
+                return unsized
+            sink(0, memoryview(unsized))
+            return len(unsized)
         if wanted is not None and length != wanted:
             raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
-        buffer = bytearray(length)
-        view, done = memoryview(buffer), 0
         limit = time.monotonic() + self.read_timeout + length / SLOWEST
-        source: io.BufferedReader = response.fp
+        whole, done = bytearray(length if sink is None else 0), 0
+        memory, piece = (whole, PIECE) if sink is None else (self._buffer(), SINK_PIECE)
+        body = _Body(response.fp, sock)
         while done < length:
-            # Not readinto: that waits for the whole piece, however slowly its bytes come.
-            count = source.readinto1(view[done : done + PIECE])
-            if not count:
-                raise http.client.IncompleteRead(b"", length - done)
-            done += count
-            if time.monotonic() > limit:
-                raise TimeoutError(
-                    f"{host}: {done} of {length} bytes came in {self.read_timeout + length / SLOWEST:.0f} s"
-                )
-        return buffer
+            room = min(piece, length - done)
+            view = memoryview(memory)[done : done + room] if sink is None else memoryview(memory)[:room]
+            filled = 0
+            while filled < room:
+                filled += body.receive(view[filled:])
+                if done + filled < length and time.monotonic() > limit:
+                    took = self.read_timeout + length / SLOWEST
+                    raise TimeoutError(f"{host}: {done + filled} of {length} bytes came in {took:.0f} s")
+            if sink is not None:
+                sink(done, view)
+            done += room
+        if sock is not None:
+            sock.settimeout(self.read_timeout)
+        return whole if sink is None else done
+
+    def _buffer(self) -> bytearray:
+        if not hasattr(self._scratch, "buffer"):
+            self._scratch.buffer = bytearray(SINK_PIECE)
+        return self._scratch.buffer
+
+
+class _Body:
+    """The body of an answer, piece by piece, past Python's own reading, which wakes up for each packet.
+
+    A plain socket is made blocking: one call of the kernel then fills the memory, or ends after the socket's own time-out.
+    """
+
+    def __init__(self, source: io.BufferedReader, sock: socket.socket | None) -> None:
+        self._source = source
+        self._socket = None if isinstance(sock, ssl.SSLSocket) else sock  # none either if the server closes after this
+        self._ahead = -1  # bytes that were read with the headers; -1: not known yet
+
+    def receive(self, memory: memoryview) -> int:
+        """Fill ``memory`` if it comes in time, else a part of it. IncompleteRead at the end, TimeoutError if nothing comes."""
+        if self._socket is None:
+            # Not readinto: that waits for all of it, however slowly its bytes come.
+            count = self._source.readinto1(memory)
+        else:
+            if self._ahead < 0:
+                self._ahead = len(self._source.peek())  # waits for one packet at most
+                self._socket.settimeout(None)
+            if self._ahead:
+                count = self._source.readinto1(memory[: self._ahead])
+                self._ahead -= count
+            else:
+                try:
+                    count = self._socket.recv_into(memory, 0, socket.MSG_WAITALL)
+                except BlockingIOError:
+                    raise TimeoutError("timed out") from None
+        if not count:
+            raise http.client.IncompleteRead(b"", len(memory))
+        return count
 
 
 def unsupported(options: dict[str, Any], endpoint: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from . import local
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
+from .direct import Sink
 from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
 from .retry import Retry, chain, is_connect_fault, is_transient, response_of
 
@@ -114,8 +115,12 @@ class Store:
         """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
         return self.read_ranges([(path, start, end)])[0]
 
-    def read_ranges(self, requests: Sequence[Range]) -> list[bytes]:
-        """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request."""
+    def read_ranges(self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None) -> list[bytes]:
+        """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request.
+
+        With ``sinks``, one for each range, the bytes go to these instead, piece by piece as they come, in order within a
+        range, from several threads: ``sink(offset, piece)``. A range that is tried again begins at offset 0 again.
+        """
         for path, start, end in requests:
             if not 0 <= start <= end:
                 raise ValueError(f"{path}: range [{start}, {end}) is not a range")
@@ -128,20 +133,26 @@ class Store:
             names = {file: requests[i][0] for i, (file, _, _) in zip(todo, wanted, strict=True)}
             blocks = self._local(requests[todo[0]][0], lambda: local.read_ranges(wanted), names)
             for i, block in zip(todo, blocks, strict=True):
-                out[i] = block
+                if sinks is None:
+                    out[i] = block
+                else:
+                    sinks[i](0, memoryview(block))
             return out
 
         def attempt(held: Client, _key: str, _n: int) -> None:
             """Fetch what is still missing; the first fault is raised after all that arrived is kept."""
             fault: tuple[int, BaseException] | None = None
             parts = [(self._key(requests[i][0]), *requests[i][1:]) for i in todo]
-            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)))
+            theirs = None if sinks is None else [sinks[i] for i in todo]
+            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs)
             missing = []
             for i, result in zip(todo, results, strict=True):
                 path, start, end = requests[i]
-                if not isinstance(result, BaseException) and len(result) == end - start:
+                if isinstance(result, bytes | bytearray) and len(result) == end - start:
                     out[i] = result
                     continue
+                if result == end - start:
+                    continue  # a sink has them
                 missing.append(i)
                 error = result if isinstance(result, BaseException) else TimeoutError("body cut short")
                 if fault is None or (is_transient(fault[1]) and not is_transient(error)):

@@ -34,7 +34,7 @@ class Ahead:
         download: Callable[[str], object],
         limit: int,
         horizon: int,
-        threads: int = 2,
+        threads: int = 4,
     ) -> None:
         self._batches, self._shards, self._download = batches, shards, download
         self._limit, self._horizon = limit, horizon

@@ -14,15 +14,16 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import quote
 
 from datamodules.format import DataError
-from datamodules.format.crc import crc32
-from datamodules.store import OutOfSpace
+from datamodules.format.crc import combine_crc32, crc32
+from datamodules.store import OutOfSpace, Sink
 
 BLOCK = 4 << 20  # bytes of one range request of a download
-PARALLEL = 4  # range requests in flight for one download
+PARALLEL = 8  # range requests in flight for one download
 _STRIPES = 64  # number of lock files; two shards that share one only wait for each other
 _serial = itertools.count()
 
@@ -32,12 +33,32 @@ class Source(Protocol):
 
     @property
     def url(self) -> str: ...
-    def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]: ...
+    def read_ranges(self, requests: list[tuple[str, int, int]], sinks: list[Sink]) -> list[bytes]: ...
 
 
 def default_root() -> str:
     """``$KEEL_CACHE``, else ``~/.cache/keel``."""
     return os.environ.get("KEEL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "keel")
+
+
+@dataclass
+class Block:
+    """A byte range of a shard on its way into a file."""
+
+    start: int
+    size: int
+    crc: int = 0
+
+    def sink(self, descriptor: int) -> Sink:
+        """Writes and sums what comes, while it is in the processor's cache."""
+
+        def write(offset: int, piece: memoryview) -> None:
+            self.crc = crc32(piece, self.crc if offset else 0)
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(descriptor, piece[done:], self.start + offset + done)
+
+        return write
 
 
 class ShardCache:
@@ -174,19 +195,23 @@ class ShardCache:
             return part
 
     def _download(self, source: Source, path: str, size: int, part: str) -> int:
-        """Fill ``part`` from the store; returns the CRC-32 of the bytes."""
+        """Fill ``part`` from the store, as the bytes come; returns their CRC-32."""
         checksum = 0
         # Equal blocks: shards are often slightly larger than a power of two, and a last block of a few bytes would cost a
-        # round of its own.
-        rounds = max(1, round(size / (BLOCK * PARALLEL)))
-        step = max(1, -(-size // (rounds * PARALLEL)))
-        with open(part, "r+b") as file:
-            for first in range(0, size, step * PARALLEL):
-                last = min(first + step * PARALLEL, size)
-                blocks = source.read_ranges([(path, a, min(a + step, last)) for a in range(first, last, step)])
-                for block in blocks:
-                    checksum = crc32(block, checksum)
-                    file.write(block)
+        # request of its own.
+        step = max(1, -(-size // max(1, round(size / BLOCK))))
+        blocks = [Block(first, min(step, size - first)) for first in range(0, size, step)]
+        descriptor = os.open(part, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for k in range(0, len(blocks), PARALLEL):
+                some = blocks[k : k + PARALLEL]
+                source.read_ranges(
+                    [(path, b.start, b.start + b.size) for b in some], [b.sink(descriptor) for b in some]
+                )
+                for block in some:
+                    checksum = combine_crc32(checksum, block.crc, block.size)
+        finally:
+            os.close(descriptor)
         return checksum
 
     @contextmanager

@@ -111,7 +111,8 @@ class Direct:
         """Of each chunk of shard k, whether this file was found to hold what the checksum says."""
         known = self._verified.get(k)
         if known is None or known[0] != held.identity:
-            known = self._verified[k] = (held.identity, bytearray(self.array.spec.chunk_count))
+            count = self.array.spec.chunk_count
+            known = self._verified[k] = (held.identity, bytearray(b"\1" * count if held.verified else count))
         return known[1]
 
     def read_parts(self, at: Located, out: NDArray[np.uint8], file: Open) -> bool:

@@ -277,6 +277,6 @@ class Reader:
             self.metrics.add(
                 fetched=fetched, misses=int(fetched > 0), hits=int(fetched == 0 and descriptor is not None)
             )
-            return None if descriptor is None else File(descriptor)
+            return None if descriptor is None else File(descriptor, verified=fetched > 0)
 
         return self._files.get(path, fetch)

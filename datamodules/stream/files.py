@@ -28,10 +28,13 @@ class Scratch(threading.local):
 
 
 class File:
-    """A file descriptor that is closed when nobody holds this object any more."""
+    """A file descriptor that is closed when nobody holds this object any more.
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    ``verified``: this process has just written the file from bytes whose checksum was right.
+    """
+
+    def __init__(self, descriptor: int, verified: bool = False) -> None:
+        self.descriptor, self.verified = descriptor, verified
 
     @classmethod
     def open(cls, path: str) -> File | None:

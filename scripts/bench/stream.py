@@ -119,6 +119,8 @@ class Bench:
         if not store.list():
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 store.write(str(path.relative_to(folder)), path.read_bytes())
+            for name in store.list():  # a server reads an object slower when it does so for the first time
+                store.read(name)
         return url
 
     def case(self, case: Case, source: str, log: Path) -> None:

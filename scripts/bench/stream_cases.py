@@ -45,13 +45,13 @@ class Case:
     @property
     def data(self) -> str:
         """Cases of the same data share files."""
-        return "trajectories" if self.name == "windows" else self.name
+        return f"{'trajectories' if self.name == 'windows' else self.name}-{self.items}"
 
 
 def cases(quick: bool) -> dict[str, Case]:
     """All cases; `quick` shrinks the numbers of items."""
     n = 320 if quick else 2000
-    t = 32 if quick else 256
+    t = 32 if quick else 384
     found = [
         Case("fields", n, (4, 128, 128), "float32"),
         Case("trajectories", t, (64, 2, 64, 64), "float32"),

@@ -302,6 +302,8 @@ def read(spec: dict[str, Any]) -> dict[str, Any]:
             result["first_batch_s"] = time.perf_counter() - began
             assert batch[0].numel() * np.dtype(case.dtype).itemsize == case.sample_bytes, batch.shape
         seen += ids(batch)
+    if not seen:
+        raise SystemExit("read no sample")
     result["cold_s"], result["cold_samples"] = time.perf_counter() - began, len(seen)
     result["exact"] = sorted(seen) == list(range(case.items))
     result["cold_until"], result["rss"] = time.time(), []

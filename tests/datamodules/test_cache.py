@@ -16,11 +16,12 @@ import pytest
 
 from datamodules.format import DataError
 from datamodules.format.crc import crc32
-from datamodules.store import OutOfSpace
+from datamodules.store import OutOfSpace, Sink
 from datamodules.stream import cache as cache_module
 from datamodules.stream.cache import ShardCache, default_root
 
 SIZE = 50_000
+PIECE = 7_000
 
 
 def content(name: str, size: int = SIZE) -> bytes:
@@ -36,18 +37,19 @@ class Source:
         self.corrupt, self.delay, self.size = corrupt, delay, size
         self.downloads: list[str] = []
 
-    def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+    def read_ranges(self, requests: list[tuple[str, int, int]], sinks: list[Sink]) -> list[bytes]:
         time.sleep(self.delay)
-        out = []
-        for path, start, stop in requests:
+        for (path, start, stop), sink in zip(requests, sinks, strict=True):
             data = bytearray(content(path, self.size)[start:stop])
             if start == 0:
                 self.downloads.append(path)
                 if self.corrupt:
                     self.corrupt -= 1
                     data[7] ^= 1
-            out.append(bytes(data))
-        return out
+            sink(0, memoryview(data[:5]))  # a try that broke off
+            for first in range(0, len(data), PIECE):
+                sink(first, memoryview(data)[first : first + PIECE])
+        return [b""] * len(requests)
 
 
 def fetch(cache: ShardCache, source: Source, name: str) -> bytes | None:
@@ -144,7 +146,7 @@ def test_truncated_copy_is_fetched_again_and_dropped_copy_too(tmp_path: Path) ->
 
 def test_a_failing_store_leaves_nothing(tmp_path: Path) -> None:
     class Broken(Source):
-        def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+        def read_ranges(self, requests: list[tuple[str, int, int]], sinks: list[Sink]) -> list[bytes]:
             raise ConnectionError("gone")
 
     cache = ShardCache(str(tmp_path), 10 * SIZE)
@@ -205,11 +207,11 @@ class Stuck(Source):
         super().__init__()
         self.reached = reached
 
-    def read_ranges(self, requests: list[tuple[str, int, int]]) -> list[bytes]:
+    def read_ranges(self, requests: list[tuple[str, int, int]], sinks: list[Sink]) -> list[bytes]:
         if requests[0][1] > 0:
             Path(self.reached).touch()
             time.sleep(60)
-        return super().read_ranges(requests)
+        return super().read_ranges(requests, sinks)
 
 
 def _download(root: str, reached: str) -> None:

@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import google_crc32c
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.format import Array, ArraySpec, DataError, Dataset, Writer, crc32c, verify, write_dataset
+from datamodules.format.crc import combine_crc32, crc32
 from datamodules.format.layout import DTYPES
 from datamodules.store import Store
 
@@ -367,3 +369,9 @@ def test_impossible_arrays_are_refused(fields, message):
     good = {"shape": (4, 4, 1), "dtype": "float32", "dimensions": ("trajectory", "time", "channel"), "shard_length": 2}
     with pytest.raises(ValueError, match=message):
         ArraySpec(**{**good, **fields})
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (7, 9), (1000, 1 << 16), (1, 99_991)])
+def test_crc32_of_parts_gives_that_of_the_whole(sizes: tuple[int, int]) -> None:
+    first, second = (np.random.default_rng(size).bytes(size) for size in sizes)
+    assert combine_crc32(crc32(first), crc32(second), len(second)) == zlib.crc32(first + second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from fsspec.config import conf
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError
-from datamodules.store import Store, StoreError, Unreachable, direct
+from datamodules.store import Sink, Store, StoreError, Unreachable, direct
 from tests.helpers.faulty_proxy import FAULTS, FaultyProxy
 
 from .samples import write_fields
@@ -164,3 +165,41 @@ def test_a_server_that_takes_no_signed_urls_is_read_through_s3fs(s3, proxy, capl
     assert "through s3fs, which is slower" in caplog.text and "AuthorizationQueryParametersError" in caplog.text
     caplog.clear()
     assert store.read("x") == b"0123456789" and not caplog.text.count("slower")
+
+
+@pytest.mark.parametrize(
+    ("through", "fault"), [("direct", None), ("direct", "cut"), ("direct", "trickle"), ("s3fs", "cut"), ("local", None)]
+)
+def test_sinks_get_each_range_in_order_and_from_its_start_after_a_fault(
+    s3, proxy, tmp_path: Path, monkeypatch, through: str, fault: str | None
+) -> None:
+    monkeypatch.setattr(direct, "SINK_PIECE", 1000)
+    monkeypatch.setattr(direct, "SLOWEST", 1 << 20)
+    store = Store(str(tmp_path)) if through == "local" else Store(s3.url("sinks"), direct=through == "direct")
+    content = bytes(range(256)) * 40
+    store.write("x", content)
+    failed: set[str] = set()
+
+    def choose(method: str, path: str, _: int) -> str | None:
+        if method != "GET" or path in failed:
+            return None
+        failed.add(path)
+        return fault
+
+    proxy.fault = choose
+    ranges = [("x", 0, 4000), ("x", 17, 17), ("x", 3000, 10240)]
+    found: list[bytearray] = [bytearray() for _ in ranges]
+    lock = threading.Lock()
+
+    def sink(i: int) -> Sink:
+        def take(offset: int, piece: memoryview) -> None:
+            with lock:
+                if not offset:
+                    found[i].clear()
+                assert offset == len(found[i])
+                found[i] += piece
+
+        return take
+
+    assert store.read_ranges(ranges, [sink(i) for i in range(3)]) == [b""] * 3
+    assert [bytes(data) for data in found] == [content[start:end] for _, start, end in ranges]
