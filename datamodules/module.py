@@ -303,7 +303,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
         needed = min(sum(sizes), max(sizes, default=0) * (window_shards + 1))
         if needed > config.cache_bytes and config.fetch == "shards":
-            raise ValueError(
+            raise DataError(
                 f"cache_bytes={config.cache_bytes}: {window_shards} + 1 shards in use need {needed} bytes; "
                 f"raise it, lower window_shards, or set fetch=ranges"
             )

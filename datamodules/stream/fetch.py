@@ -197,10 +197,15 @@ class Reader:
 
     def _pieces(self, at: Located, rows: Ids | None) -> list[tuple[Piece, int]]:
         """The pieces of each window with the row that they go to."""
-        plan, entries, found = self.windows.array.plan, self.windows.entries, []
+        array, entries, found = self.windows.array, self.windows.entries, []
+        plan = array.plan
+        # Where chunks are compressed their places stand in an index in each shard: fetch those that are not known together.
+        last = at.start + (entries - 1) * at.step
+        shards = at.lead if array.window_axis else np.concatenate([at.start, last])
+        array.prepare(np.unique(shards // array.shard_length).tolist())
         where = range(len(at.start)) if rows is None else rows.tolist()
         for row, lead, start, step in zip(where, at.lead.tolist(), at.start.tolist(), at.step.tolist(), strict=True):
-            index = (lead,) if self.windows.array.window_axis else ()
+            index = (lead,) if array.window_axis else ()
             if step == 1:
                 found += [(piece, row) for piece in plan(index, start, start + entries)]
                 continue

@@ -107,9 +107,12 @@ class Bench:
         """Folder of a case's data in a library's format, written if need be."""
         folder = self.folder / "data" / library / case.data
         if not folder.exists():
-            done = self.worker("write", library, case=case.data, folder=str(folder))
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            done = self.worker("write", library, case=case.name, folder=str(part))
             if "error" in done:
-                raise SystemExit(f"{library} could not write {case.data}: {done['error']}")
+                raise SystemExit(f"{library} could not write {case.name}: {done['error']}")
+            part.rename(folder)
         return str(folder)
 
     def uploaded(self, library: str, case: Case) -> str:

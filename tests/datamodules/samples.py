@@ -28,6 +28,7 @@ def write_fields(
     side: int = 4,
     per_shard: int = 3,
     splits: dict[str, list[int]] | None = None,
+    level: int | None = None,
 ) -> str:
     """The values above as a data set; returns its fingerprint. Splits: all but two trajectories, one, one."""
     n = trajectories
@@ -36,6 +37,7 @@ def write_fields(
         dtype="float32",
         dimensions=("trajectory", "time", "channel", "y", "x"),
         shard_length=per_shard,
+        level=level,
     )
     attributes = {
         "kind": "fields",

@@ -151,7 +151,7 @@ def test_refusals_are_one_clear_line(fields: str, text: str, tmp_path: Path) -> 
     )
     fails(ValueError, "samples=-1", lambda: fields_data(fields).advance(-1))
     fails(
-        ValueError,
+        DataError,
         "cache_bytes=100: 2 \\+ 1 shards in use need",
         lambda: _in_memory(cache_bytes=100, fetch="shards").train_dataloader(),
     )

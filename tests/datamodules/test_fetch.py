@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.format import DataError, Dataset, Piece
+from datamodules.format import Array, DataError, Dataset, Piece
 from datamodules.store import Store
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import MAX_BLOCK, Reader, coalesce
@@ -208,3 +209,17 @@ def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path
     assert sorted(torch.cat([b["index"] for b in first]).tolist()) == sorted(
         torch.cat([b["index"] for b in second]).tolist()
     )
+
+
+def test_indices_of_compressed_shards_are_read_together(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(memory, level=1)
+    reader = fields_reader(memory)
+    original, together = Array._read_index, threading.Barrier(3)
+
+    def waiting(self: Array, path: str) -> Any:
+        together.wait(10)  # broken unless the indices of all three shards are on their way at once
+        return original(self, path)
+
+    monkeypatch.setattr(Array, "_read_index", waiting)
+    batch = reader.batch(np.arange(24))
+    assert np.array_equal(batch["fields"][:, 0].numpy(), field_values(10, 7)[:8, [0, 2, 4]].reshape(24, 2, 4, 4))
