@@ -195,8 +195,9 @@ class Stream(IterableDataset[Batch]):
                 reader.caches // 2,
                 self.horizon // self.largest() + depth,
             )
-            # The first batches do not wait for whole shards: that is what the time to a first batch would be.
-            items = ((ids, i >= depth) for i, ids in enumerate(self._mine()))
+            # The first batch does not wait for whole shards: that is what the time to a first batch would be. What it
+            # reads is read twice, so the others do.
+            items = ((ids, i > 0) for i, ids in enumerate(self._mine()))
 
         def counted(seconds: float) -> None:
             metrics.add(wait=seconds)

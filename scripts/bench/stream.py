@@ -73,7 +73,6 @@ class Bench:
         self.pythons = {library: stream_envs.python(library, Path(args.envs)) for library in args.library}
         self.rows: list[dict[str, Any]] = []
         self.limits: list[dict[str, Any]] = []
-        self.serial = 0
 
     def worker(self, action: str, library: str, **spec: Any) -> dict[str, Any]:
         """One process of a library; an error is a result: {"error": its last line}."""
@@ -141,9 +140,7 @@ class Bench:
                 self.limit(case, source, urls["keel"], repeat)
 
     def read(self, case: Case, source: str, library: str, fetch: str, url: str, repeat: int, log: Path) -> None:
-        self.serial += 1
-        cache, states = self.folder / f"cache{self.serial}", self.folder / f"states{self.serial}"
-        states.mkdir()
+        cache, states = (Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder)) for prefix in ("cache-", "states-"))
         spec = {
             "case": case.name, "url": url, "cache": str(cache), "workers": self.args.workers, "fetch": fetch,
             "epochs": 20 if library == "keel" else 2, "seconds": self.args.seconds,
