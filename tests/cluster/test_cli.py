@@ -46,7 +46,7 @@ def test_all_commands_are_there() -> None:
     assert {" ".join(words) for words, _ in LEAVES} == {
         "train", "resume", "evaluate", "report", "data make", "data import", "data check", "data show",
         "data stats", "data copy", "config show",
-        "checkpoint ls", "checkpoint verify",
+        "checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint export", "checkpoint prune", "checkpoint diff",
     }  # fmt: skip
 
 

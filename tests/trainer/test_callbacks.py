@@ -278,7 +278,7 @@ def test_throughput_against_a_known_timetable(tmp_path: Path) -> None:
     log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=5)
     shown: list[Row] = []
     log.subscribe(shown.extend)
-    throughput = Throughput(log, global_batch=8, tokens_per_sample=16, flops_per_sample=10**12, peak=8e12, clock=clock)
+    throughput = Throughput(log, global_batch=8, tokens_per_sample=16, flops_per_sample=10**12, peak=(8e12, "a sheet"), clock=clock)
     trainer: Any = SimpleNamespace(
         global_step=0,
         world_size=2,
