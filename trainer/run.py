@@ -131,12 +131,16 @@ def _fit(
     flops = _flops(task)
     strategy = strategies.build(config, checkpointer)
     layout = strategy.layout
-    data.configure(layout.data_parallel, layout.data_rank(rank))  # ranks that compute a sample together read it together
+    data.configure(
+        layout.data_parallel, layout.data_rank(rank)
+    )  # ranks that compute a sample together read it together
     rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
     fresh = config.weights.url and resume_step is None
     task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
     task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
-    torch.manual_seed(config.seed + layout.data_rank(rank))  # the same parameters everywhere, but each rank's own dropout
+    torch.manual_seed(
+        config.seed + layout.data_rank(rank)
+    )  # the same parameters everywhere, but each rank's own dropout
 
     info = {"resumed_from": resume_step or 0, "time": started, **environment()}
     if rollback is not None:

@@ -315,7 +315,9 @@ class RunConfig:
                 f"(train.global_batch={batch} over {world} processes)"
             )
         if "rollback" in (self.recovery.nonfinite, self.recovery.spike) and not self.checkpoint.every:
-            raise ValueError("recovery asks for a rollback but checkpoint.every=0: there would be no commit to go back to")
+            raise ValueError(
+                "recovery asks for a rollback but checkpoint.every=0: there would be no commit to go back to"
+            )
         if self.checkpoint.best and not self.train.val_every:
             raise ValueError(f"checkpoint.best={self.checkpoint.best} needs validation; set train.val_every > 0")
         schedule = self.schedule

@@ -84,7 +84,6 @@ def train(args: argparse.Namespace) -> int:
     # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
     from trainer.build import accelerator_name
     from trainer.distributed import init_process_group, on_rank_zero
-
     from trainer.restarts import count
 
     if count():  # by torchrun, after a failure: the run is there
@@ -171,7 +170,9 @@ def outcome(url: str) -> str:
         parts.append(f"loss {record['loss']:.4g}")
     speed = record.get("throughput") or {}
     if "mfu" in speed:
-        parts.append(f"mfu {speed['mfu']:.1%} of {speed['peak_flop_per_s'] / 1e12:.4g} TFLOP/s ({speed['peak_source']})")
+        parts.append(
+            f"mfu {speed['mfu']:.1%} of {speed['peak_flop_per_s'] / 1e12:.4g} TFLOP/s ({speed['peak_source']})"
+        )
     if record["status"] == "diverged":
         parts.append(f"diverged at step {record['diverged_step']}")
     if record["status"] in ("preempted", "interrupted"):

@@ -62,6 +62,7 @@ def run_distributed(
 
 def _worker(rank: int, world: int, rendezvous: str, results: Any, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as a launcher sets it; Lightning would change the number of threads otherwise
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         dist.init_process_group("gloo", store=dist.FileStore(rendezvous, world), rank=rank, world_size=world)

@@ -21,6 +21,7 @@ from trainer.records import read_metrics, read_record
 from trainer.run import fit
 
 STEPS = 12
+BACK = "server-is-back"
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +52,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, s3: S3Server, small_disk: Pat
         loaded = configs.load(config)
         prepare_new(loaded)
         jobs.append((name, loaded))
-    away: list[float] = []
+    away: list[str] = []
 
     def fault(method: str, path: str, number: int) -> str | None:
-        """From the first upload of step 4 on the server answers nothing but "slow down", for four seconds."""
+        """From the first upload of step 4 on the server answers nothing but "slow down", until step 7 is done."""
         if "step-00000004" in path and method == "PUT" and not away:
-            away.append(time.monotonic())
-        return "slow_down" if away and time.monotonic() - away[0] < 4 else None
+            away.append(path)
+        return "slow_down" if away and not (folder / BACK).exists() else None
 
     with FaultyProxy(s3.endpoint, fault) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -79,6 +80,8 @@ def train_all(jobs: list[Any]) -> dict[str, str]:
                 fill(ballast)
             if name == "full" and trainer.global_step == 7:
                 ballast.unlink()
+            if name == "away" and trainer.global_step == 7:
+                Path(trainer.datamodule.config.url).with_name(BACK).touch()
             if name == "clock":
                 time.time = lambda: clock() + {4: -86400.0, 8: 3e8}.get(trainer.global_step // 4 * 4, 0.0)
             if name == "final" and trainer.global_step == STEPS:  # the store goes and does not come back
@@ -109,11 +112,14 @@ def losses(url: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(Store(url)) if "loss" in row]
 
 
-@pytest.mark.parametrize(("name", "lost"), [("away", [4]), ("full", [4, 6])])
-def test_saves_fail_for_a_while_and_training_goes_on(runs: dict[str, str], name: str, lost: list[int]) -> None:
+@pytest.mark.parametrize("name", ["away", "full"])
+def test_saves_fail_for_a_while_and_training_goes_on(runs: dict[str, str], name: str) -> None:
     store = Store(runs[name])
     failed = [row["step"] for row in read_metrics(store) if row.get("event") == "save_failed"]
-    assert failed[: len(lost)] == lost and len(failed) < 5
+    assert failed in (
+        [4, 6],
+        [4, 6, 8],
+    )  # the save at 8 may wait for an upload of rows that began before the server was back
     checkpoints = store.sub("checkpoints")
     assert committed_steps(checkpoints) == [n for n in range(2, STEPS + 1, 2) if n not in failed]
     assert not any(verify(checkpoints, step) for step in committed_steps(checkpoints))

@@ -18,6 +18,7 @@ from cluster.cli import main
 from tests.conftest import unavailable
 from tests.helpers.runs import fno_config, lm_config
 from trainer import config as configs
+from trainer.planning import simulate
 from trainer.planning.advice import what_fits
 from trainer.planning.devices import TABLE, find, recognise
 from trainer.planning.estimate import ATTAINABLE, plan, sent_bytes, speed
@@ -99,6 +100,15 @@ def test_ddp_sends_gradients_once_and_keeps_their_buckets() -> None:
     assert found.memory["parameters"] == size
     assert found.memory["gradients"] == 2 * size  # buckets, and what the first micro-batch left
     assert found.traffic == {Route("all-reduce", 8, 8): Traffic(1, size)}
+
+
+def test_many_micro_batches_are_counted_without_tracing_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config("lm", 2, "train.global_batch=12", "train.micro_batch=1")
+    short = trace(config)
+    monkeypatch.setattr(simulate, "_TRACED_MICRO_BATCHES", 6)
+    whole = trace(config)
+    assert short.accumulation == whole.accumulation == 6
+    assert (short.peak, short.work, short.traffic) == (whole.peak, whole.work, whole.traffic)
 
 
 def test_replicas_and_tensor_parallelism_are_told_apart_by_their_routes() -> None:

@@ -24,6 +24,7 @@ from trainer.planning.tracking import (
     BACKWARD,
     BATCH,
     STEP,
+    Counts,
     Route,
     Snapshot,
     Tracker,
@@ -39,6 +40,7 @@ log = logging.getLogger("keel.dryrun")
 
 # The first step makes the optimiser's state; from the second on all steps are alike.
 _TRACED_STEP = 2
+_TRACED_MICRO_BATCHES = 3
 _GRANULE = 512  # the smallest block of torch's CUDA allocator
 
 
@@ -91,17 +93,21 @@ def trace(config: RunConfig, *, accelerator: bool = False) -> Trace:
     from trainer.run import _trainer
 
     quiet()
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
-    resources = config.resources
+    resources, accumulation = config.resources, config.accumulation
+    micro = config.train.global_batch // config.data_parallel // accumulation
+    # Micro-batches between the first and the last are alike: one is traced and counted as often as it occurs.
+    few = config.data_parallel * micro * min(accumulation, _TRACED_MICRO_BATCHES)
+    train = dataclasses.replace(config.train, compile=False, global_batch=few, micro_batch=micro)
+    config = dataclasses.replace(config, train=train)
     with fake_world(resources.world_size, resources.processes_per_node):
         with torch.device("meta"):
             bare = _task(config)
         found = Trace(
             parameters=sum(p.numel() for p in bare.network.parameters()),
             tokens_per_sample=bare.tokens_per_sample(),
-            accumulation=config.accumulation,
+            accumulation=accumulation,
             data_parallel=config.data_parallel,
-            micro_batch=config.train.global_batch // config.data_parallel // config.accumulation,
+            micro_batch=micro,
         )
         try:
             found.flops_per_sample = count_flops(bare, 1)
@@ -188,12 +194,17 @@ class Probe(pl.Callback):
         self._replicated: list[Tensor] = []
         self._bucket_bytes = self._sent_buffers = 0
         self._last_micro_batch = True
+        self._middle: Counts | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         self.tracker.forward()
         self._last_micro_batch = (index + 1) % trainer.accumulate_grad_batches == 0
         if trainer.global_step == _TRACED_STEP - 1 and index % trainer.accumulate_grad_batches == 0:
             self.tracker.restart()
+        elif trainer.global_step == _TRACED_STEP - 1 and index % _TRACED_MICRO_BATCHES == 1:
+            self._middle = self.tracker.counts()
+        elif trainer.global_step == _TRACED_STEP - 1 and index % _TRACED_MICRO_BATCHES == 2:
+            self.tracker.repeat_since(self._middle, self.trace.accumulation - _TRACED_MICRO_BATCHES)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self.tracker.phase = BACKWARD

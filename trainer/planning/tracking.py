@@ -69,6 +69,9 @@ class Work(NamedTuple):
     bytes: int
 
 
+Counts = tuple[dict[Route, Traffic], "Counter[Work]"]
+
+
 @dataclass
 class Snapshot:
     """The live storages at the highest point of a step."""
@@ -110,6 +113,21 @@ class Tracker(TorchDispatchMode):
         for block in self.live.values():
             if block.phase == BACKWARD:
                 block.phase = KEPT
+
+    def counts(self) -> Counts:
+        """Traffic and work so far."""
+        return {route: Traffic(t.calls, t.bytes) for route, t in self.traffic.items()}, Counter(self.work)
+
+    def repeat_since(self, before: Counts | None, times: int) -> None:
+        """Counts what came since `before` so many times more."""
+        assert before is not None
+        traffic, work = before
+        for route, now in self.traffic.items():
+            then = traffic.get(route, Traffic())
+            now.calls += times * (now.calls - then.calls)
+            now.bytes += times * (now.bytes - then.bytes)
+        for key, count in (self.work - work).items():
+            self.work[key] += times * count
 
     def finish(self) -> Snapshot:
         """The highest point since `restart`."""
