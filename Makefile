@@ -4,10 +4,10 @@ STORE ?= file
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint gpu-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
 
 setup:  ## create .venv with torch, the project and what its tests need
 	@bash scripts/setup.sh
@@ -22,6 +22,9 @@ lint: setup  ## ruff check, ruff format --check, mypy
 	@$(VENV) -m ruff check .
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
+
+gpu-check: setup  ## on a machine with a CUDA GPU: strategies, precisions, memory, MFU (docs/results/gpu.md)
+	@$(VENV) scripts/gpu_check.py --markdown docs/results/gpu.md $(ARGS)
 
 clean:  ## remove caches and the demo's output, keep .venv
 	@rm -rf .keel .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt

@@ -4,7 +4,7 @@
     python -m trainer evaluate RUN_URL [--split test] [--limit N]
 
 Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 1 any other failure, 75 preempted
-by SIGTERM or SIGUSR1 after a save, 130 interrupted by SIGINT after a save.
+by SIGTERM or SIGUSR1 after a save, 76 ended by the watchdog, 130 interrupted by SIGINT after a save.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import signal
 import sys
 from typing import Any
 
-from trainer.errors import is_user_error, one_line, wants_traceback
+from trainer.errors import Defect, is_user_error, one_line, wants_traceback
 
-EXIT_USER_ERROR = 2
+EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
 _EXITS = {"preempted": 75, "interrupted": 130}  # by status of the run
 _PR_SET_PDEATHSIG = 1
 
@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     _die_with_parent()
     try:
         if arguments.command == "fit":
+            from trainer import restarts
             from trainer.run import fit_url
 
-            return exit_code(fit_url(arguments.url, resume=arguments.resume))
+            return exit_code(fit_url(arguments.url, resume=arguments.resume or restarts.count() > 0))
         from trainer.evaluation import evaluate as run_evaluation
 
         run_evaluation(arguments.url, split=arguments.split, limit=arguments.limit or None)
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if is_user_error(error):
             print(one_line(error), file=sys.stderr, flush=True)
             os._exit(EXIT_USER_ERROR)
+        if isinstance(error, Defect):
+            print(one_line(error), file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILURE)
         told = posted_error()
         if told is not None:  # by the rank that failed; this one only lost the connection to it
             if os.environ.get("RANK") == "0":  # whose output the launcher shows

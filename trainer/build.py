@@ -1,6 +1,7 @@
 """Builds the parts of a run from its config: task, data module, optimiser. Everything here is deterministic in the config."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,16 +11,19 @@ from torch import nn
 from datamodules import registry as data_registry
 from modules import registry as model_registry
 from modules.tasks.base import Task
-from trainer import diagnostics, optim, parametrization
+from trainer import diagnostics, optim, parametrization, strategies
 from trainer.config import ConfigError
 from trainer.distributed import local_world_size
 from trainer.optim import schedule
 from trainer.parametrization.rule import Rule
 from trainer.schema import RunConfig
+from trainer.strategies import deferred as initialisation
 
 
-def build(config: RunConfig) -> tuple[Task, Any]:
+def build(config: RunConfig, *, deferred: bool = False) -> tuple[Task, Any]:
     """(task, data module) of a config, unsharded, with the data set's shapes checked; deterministic in the seed.
+
+    `deferred`: where the strategy can, the network is on the meta device until the strategy has sharded it.
 
     Raises:
         ConfigError: a network that does not fit the data.
@@ -27,8 +31,9 @@ def build(config: RunConfig) -> tuple[Task, Any]:
     """
     pl.seed_everything(config.seed, verbose=False)
     _, data_class = data_registry.lookup("data", config.data.name)
+    record = deferred and strategies.lookup(config.strategy.name)[1].defers_initialisation
     try:
-        task = _task(config)
+        task = _task(config, initialisation.record if record else lambda make: make())
         data = data_class(
             config.data,
             global_batch=config.train.global_batch,
@@ -42,12 +47,6 @@ def build(config: RunConfig) -> tuple[Task, Any]:
             raise
         raise ConfigError(str(error)) from error
     return task, data
-
-
-def accumulation(config: RunConfig) -> int:
-    """Micro-batches per optimiser step and rank."""
-    local = config.train.global_batch // config.resources.world_size
-    return local // config.train.micro_batch if config.train.micro_batch else 1
 
 
 def check(config: RunConfig) -> None:
@@ -64,16 +63,19 @@ def check(config: RunConfig) -> None:
         for name, value in task.training_window().items():
             if name in defaults and getattr(config.data, name) not in (value, defaults[name]):
                 raise ValueError(f"data.{name}={getattr(config.data, name)}: the task reads {value}; leave it out")
+        strategy = strategies.lookup(config.strategy.name)[1]
+        strategy.check(config.strategy, task.network)
+        strategy.check_run(config)
         for diagnostic in diagnostics.build(config.diagnostics.names).values():
             diagnostic.check(task)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _task(config: RunConfig) -> Task:
+def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
     _, network_class = model_registry.lookup("model", config.model.name)
     _, task_class = model_registry.lookup("task", config.task.name)
-    return task_class(network_class(config.model), config.task)
+    return task_class(made(lambda: network_class(config.model)), config.task)
 
 
 def accelerator_name(name: str) -> str:

@@ -25,7 +25,7 @@ from trainer.schema import RunConfig
 
 # What may change between attempts of one run without making it another (but for the order of sums).
 _NOT_HASHED = ("name", "url", "resources", "log", "checkpoint", "diagnostics", "strategy")
-_NOT_HASHED_OF_TRAIN = ("micro_batch", "val_every")
+_NOT_HASHED_OF_TRAIN = ("micro_batch", "val_every", "compile", "activation_checkpointing")
 
 
 class ConfigError(ValueError):
@@ -158,6 +158,8 @@ def config_hash(config: RunConfig, fingerprint: str = "") -> str:
     `not_hashed` (where the data lie, caches, threads): `fingerprint` says which data they are.
     """
     hashed = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
+    if not config.weights.url:  # random weights, as before there was this section
+        del hashed["weights"]
     for name, unhashed in (("train", _NOT_HASHED_OF_TRAIN), ("data", getattr(config.data, "not_hashed", ()))):
         hashed[name] = {key: value for key, value in hashed[name].items() if key not in unhashed}
     return hashlib.sha256(json.dumps([hashed, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
@@ -191,6 +193,8 @@ def _build(raw: dict[str, Any]) -> RunConfig:
     values["url"] = absolute_url(values["url"])
     if "url" in {f.name for f in dataclasses.fields(values["data"])}:
         values["data"].url = absolute_url(values["data"].url)
+    if values["weights"].url:
+        values["weights"].url = absolute_url(values["weights"].url)
     from trainer.build import check
 
     try:

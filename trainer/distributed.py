@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
+from trainer import restarts
+
 _ERROR_KEY = "keel/error"
 
 
@@ -28,11 +30,22 @@ def init_process_group(accelerator: str, timeout_seconds: float) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
+    # The last collectives are kept, for the watchdog to put beside the stacks of a hang.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if accelerator == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif restarts.count() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store outlives the workers, and torch (2.13) tells their successors apart by nothing: they would find
+        # the addresses of the dead, and wait for them.
+        shared = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"]), False, timeout
+        )
+        own = dist.PrefixStore(f"keel/start-{restarts.count()}", shared)
+        me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=own, rank=me, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
 
@@ -80,8 +93,9 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
-def on_rank_zero(call: Callable[[], Any]) -> Any:
-    """Runs `call` on rank 0 and gives all ranks its result, or raises its error on all of them. Collective."""
+def on_rank_zero(call: Callable[[], Any], group: Any = None) -> Any:
+    """Runs `call` on rank 0 and gives all ranks its result, or raises its error on all of them. Collective over `group`,
+    which holds all ranks (default: the one that training uses)."""
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -89,7 +103,7 @@ def on_rank_zero(call: Callable[[], Any]) -> Any:
         except Exception as error:
             box[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise box[1]
     return box[0]

@@ -11,6 +11,10 @@ from trainer.config import ConfigError
 USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
 
 
+class Defect(RuntimeError):
+    """A failure of the machine that one line says all about; a new start from the last commit may help."""
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether one line says it all."""
     return isinstance(error, USER_ERRORS)

@@ -9,8 +9,7 @@ import torch
 from datamodules.store import Store
 from trainer import config as configs
 from trainer.build import accelerator_name, build
-from trainer.checkpoint import CheckpointError, latest
-from trainer.checkpoint.checkpointer import load_module
+from trainer.checkpoint import CheckpointError, latest, load_module
 from trainer.config import ConfigError
 from trainer.quiet import quiet
 from trainer.records import encode

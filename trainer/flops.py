@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from trainer.planning.devices import recognise
+
 aten = torch.ops.aten
 
 
@@ -113,37 +115,22 @@ def count_flops(task: Any, micro_batch: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------- peaks
-# Dense TFLOP/s per device from the vendors' data sheets: (16-bit matrix units, TF32 or equal, FP32 vector units).
-# NVIDIA H100/H200/B200/A100/L4/L40S/V100/T4 product data sheets (figures "with sparsity" halved), AMD MI250X/MI300X.
-_PEAKS: list[tuple[str, float, float, float]] = [
-    ("B200", 2250.0, 1125.0, 75.0),
-    ("GH200", 989.4, 494.7, 66.9),
-    ("H200", 989.4, 494.7, 66.9),
-    ("H100 PCIE", 756.0, 378.0, 51.0),
-    ("H100 NVL", 835.5, 417.5, 60.0),
-    ("H100", 989.4, 494.7, 66.9),
-    ("A100", 312.0, 156.0, 19.5),
-    ("L40S", 362.0, 183.0, 91.6),
-    ("L4", 121.0, 60.0, 30.3),
-    ("V100", 125.0, 15.7, 15.7),
-    ("T4", 65.0, 8.1, 8.1),
-    ("MI300X", 1307.4, 653.7, 163.4),
-    ("MI250X", 383.0, 95.7, 47.9),
-]
-
-
 def device_peak(name: str, precision: str) -> float | None:
     """Peak dense FLOP/s of one device by its name as torch reports it, at a Lightning precision; None if unknown.
 
     `16-*` and `bf16-*` count the 16-bit matrix units; `32-true` TF32 where `torch.get_float32_matmul_precision` allows
     it, else the vector units; other precisions have no entry, nor have CPUs.
     """
-    text = " " + " ".join(name.upper().replace("-", " ").split()) + " "
-    for model, half, tf32, single in _PEAKS:
-        if f" {model} " in text:  # whole words: "L4" is no "L40S"
-            if precision.startswith(("16", "bf16")):
-                return half * 1e12
-            if precision.startswith("32"):
-                return (single if torch.get_float32_matmul_precision() == "highest" else tf32) * 1e12
-            return None
-    return None
+    found = peak_and_source(name, precision)
+    return None if found is None else found[0]
+
+
+def peak_and_source(name: str, precision: str) -> tuple[float, str] | None:
+    """`device_peak`, and where the figure comes from."""
+    device = recognise(name)
+    if device is None or not precision.startswith(("16", "bf16", "32")):
+        return None
+    if not precision.startswith("32"):
+        return device.half, f"{device.source}: 16-bit matrix units"
+    units = "vector units" if torch.get_float32_matmul_precision() == "highest" else "TF32"
+    return device.peak("single"), f"{device.source}: float32 on {units}"

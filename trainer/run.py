@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import logging
 import os
 import signal
 import time
-from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,18 +17,11 @@ import torch.distributed as dist
 from datamodules.store import Store, join_url
 from modules.tasks.base import Task
 from trainer import config as configs
-from trainer import parametrization, strategies
+from trainer import parametrization, restarts, strategies
+from trainer.assembly import Parts, assemble
 from trainer.build import accelerator_name, build, optimizer_and_scheduler
-from trainer.callbacks.checkpoint import Checkpoint
-from trainer.callbacks.diagnostics import DiagnosticsLog
-from trainer.callbacks.divergence import Divergence
-from trainer.callbacks.metrics import MetricsLog
-from trainer.callbacks.preemption import Preemption
-from trainer.callbacks.progress import Progress
-from trainer.callbacks.stream import StreamPosition
-from trainer.callbacks.throughput import Throughput
-from trainer.callbacks.validation import MissedValidation
-from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name
+from trainer.callbacks.recovery import Rollback
+from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
 from trainer.config import ConfigError
 from trainer.distributed import (
     LaunchedEnvironment,
@@ -39,22 +33,21 @@ from trainer.distributed import (
 )
 from trainer.environment import environment
 from trainer.errors import is_user_error
-from trainer.flops import count_flops, device_peak
+from trainer.flops import count_flops
 from trainer.quiet import quiet
 from trainer.records import (
     MetricsWriter,
     TraceWriter,
     next_attempt,
-    read_metrics,
+    read_attempts,
     read_record,
     rewrite_attempt,
     start_attempt,
     write_record,
 )
+from trainer.rollback import go_back
 from trainer.schema import RunConfig
-
-# Steps over which the record's training loss is averaged.
-_LOSS_WINDOW = 20
+from trainer.strategies import precision
 
 log = logging.getLogger("keel.run")
 
@@ -99,7 +92,15 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         if resume_step is not None and resume_step >= config.train.max_steps:
             log.warning("the run has done its %d steps; raise train.max_steps to go on", resume_step)
             return on_rank_zero(lambda: read_record(store))
-        return _fit(config, accelerator, store, checkpointer, resume_step, record)
+        rollback: Rollback | None = None
+        while True:
+            outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
+            if not isinstance(outcome, Rollback):
+                return outcome
+            rollback = outcome
+            commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
+            resume_step = on_rank_zero(functools.partial(go_back, checkpoints, rollback, commits))
+            gc.collect()  # two models at once may be one too many
     except BaseException as error:
         # When one rank fails the others see a broken connection: the cause is what the first one left.
         line = " ".join(str(error).split())
@@ -119,63 +120,61 @@ def _fit(
     checkpointer: Checkpointer,
     resume_step: int | None,
     record: dict[str, Any],
-) -> dict[str, Any]:
+    rollback: Rollback | None,
+) -> dict[str, Any] | Rollback:
+    """One attempt: to its end, which `record` tells, or to a rollback that it asks for."""
     started = time.time()
     checkpoints, rank = checkpointer.store, dist.get_rank()
-    task, data = build(config)
+    task, data = build(config, deferred=True)
     record["run_id"] = configs.config_hash(config, data.spec()["fingerprint"])
     parameters = sum(p.numel() for p in task.network.parameters())
     flops = _flops(task)
-    strategy = strategies.lookup(config.strategy.name)[1](config.strategy, checkpointer)
+    strategy = strategies.build(config, checkpointer)
+    layout = strategy.layout
+    data.configure(
+        layout.data_parallel, layout.data_rank(rank)
+    )  # ranks that compute a sample together read it together
     rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
-    task.prepare = strategy.prepare
+    fresh = config.weights.url and resume_step is None
+    task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
     task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
-    torch.manual_seed(config.seed + rank)  # the same parameters everywhere, but each rank's own dropout
+    torch.manual_seed(
+        config.seed + layout.data_rank(rank)
+    )  # the same parameters everywhere, but each rank's own dropout
 
     info = {"resumed_from": resume_step or 0, "time": started, **environment()}
+    if rollback is not None:
+        info |= {"rollback": rollback.why, "skip_to": rollback.position}
+    elif restarts.count():
+        info |= {"restart": restarts.count(), "cause": restarts.cause()}
     attempt = on_rank_zero(lambda: start_attempt(store, info))
     checkpointer.fence = lambda: _refuse_if_replaced(store, attempt)
     if rank == 0:
         # A checkpoint found corrupt while it is read is fallen back from; readers of the metrics must know.
         strategy.on_loaded = lambda step: rewrite_attempt(store, attempt, {**info, "resumed_from": step})
     writer = MetricsWriter(store, attempt, rank0=rank == 0, flush_seconds=config.log.flush_seconds)
-    trace = TraceWriter(store, attempt, rank, config.log.flush_seconds) if config.log.trace else None
-    metrics = MetricsLog(writer, every=config.log.every, trace=trace)
-    divergence, preemption = Divergence(metrics), Preemption()
-    losses: deque[float] = deque(maxlen=_LOSS_WINDOW)
-    metrics.subscribe(lambda rows: losses.extend(row["loss"] for row in rows if "loss" in row))
-    throughput = Throughput(
-        metrics,
-        global_batch=config.train.global_batch,
-        tokens_per_sample=task.tokens_per_sample(),
-        flops_per_sample=flops,
-        peak=device_peak(torch.cuda.get_device_name() if accelerator == "cuda" else "cpu", config.train.precision),
-    )
-    saver = Checkpoint(
-        checkpoints,
-        config.checkpoint.every,
-        before_save=metrics.flush,
-        healthy=divergence.finite,
-        stalled=throughput.stalled,
-    )
-    # The order is a contract, see trainer.callbacks: position and rows of a step come before its checkpoint.
-    callbacks: list[pl.Callback] = [StreamPosition(config.train.global_batch)]
-    if config.diagnostics.every:
-        callbacks.append(DiagnosticsLog(config.diagnostics.names, config.diagnostics.every, metrics))
-    callbacks += [metrics, divergence, preemption, saver]
-    if on_rank_zero(lambda: _validation_is_missing(store, config, resume_step)):
-        callbacks.append(MissedValidation())
-    if config.log.progress and rank == 0:
-        callbacks.append(
-            Progress(
-                metrics,
-                samples_per_step=config.train.global_batch,
-                tokens_per_sample=task.tokens_per_sample(),
-                name=config.name,
-            )
+    traced = config.log.trace and rank % layout.tensor == 0
+    trace = TraceWriter(store, attempt, rank, config.log.flush_seconds) if traced else None
+    watch = assemble(
+        Parts(
+            config=config,
+            accelerator=accelerator,
+            store=store,
+            checkpointer=checkpointer,
+            strategy=strategy,
+            task=task,
+            data=data,
+            attempt=attempt,
+            resume_step=resume_step,
+            flops=flops,
+            writer=writer,
+            trace=trace,
+            rollback=rollback,
+            tell=lambda line: write_record(store, record | {"error": line}),
         )
-    callbacks.append(throughput)
-    trainer = _trainer(config, accelerator, strategy, callbacks)
+    )
+    recovery, preemption, losses = watch.recovery, watch.preemption, watch.losses
+    trainer = _trainer(config, accelerator, strategy, watch.callbacks)
     try:
         path = None if resume_step is None else checkpoints.join(step_name(resume_step))
         trainer.fit(task, datamodule=data, ckpt_path=path)
@@ -184,10 +183,12 @@ def _fit(
             stack.callback(writer.close)
             if trace is not None:
                 stack.callback(trace.close)
+    if recovery.rollback is not None:
+        return recovery.rollback
     steps = trainer.global_step
     samples = steps * config.train.global_batch
     status = "ok"
-    if not divergence.healthy:
+    if not recovery.healthy:
         status = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
         status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
@@ -196,16 +197,18 @@ def _fit(
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
-        "diverged_step": divergence.step,
+        "diverged_step": recovery.step,
         "parameters": parameters,
         "flops": None if flops is None else flops * samples,
         "flops_convention": "counted forward+backward: matmul, conv, dense attention, FFT 5 n log2 n",
         "attempts": attempt,
         "retries": attempt - 1,
+        "faults": on_rank_zero(lambda: _faults(store)),
         "attempt_seconds": time.time() - started,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "loss": sum(losses) / len(losses) if losses else None,
-        "throughput": throughput.summary(),
+        "throughput": watch.throughput.summary(),
+        **watch.record(),
         "dataset": data.spec()["fingerprint"],
         "checkpoint": on_rank_zero(lambda: _newest(checkpoints)),
     }
@@ -220,8 +223,7 @@ def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list
         devices=local_world_size(),
         num_nodes=config.resources.nodes,
         strategy=strategy,
-        plugins=[LaunchedEnvironment()],
-        precision=config.train.precision,  # type: ignore[arg-type]
+        plugins=[LaunchedEnvironment(), precision.plugin(config.train.precision, accelerator)],
         max_steps=config.train.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulation,
@@ -259,8 +261,8 @@ def _checkpointer(config: RunConfig, store: Store) -> Checkpointer:
         store,
         {"config": configs.to_dict(config), "code": environment()},
         part_bytes=config.checkpoint.part_mib << 20,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
+        retention=config.checkpoint.retention(),
+        background=config.checkpoint.background,
     )
 
 
@@ -273,13 +275,14 @@ def _refuse_if_replaced(store: Store, attempt: int) -> None:
         )
 
 
-def _validation_is_missing(store: Store, config: RunConfig, resume_step: int | None) -> bool:
-    """Whether the run was killed between a save and the validation of the same step."""
-    if not resume_step or not config.train.val_every or resume_step % config.train.val_every:
-        return False
-    return not any(
-        row["step"] == resume_step and any(name.startswith("val/") for name in row) for row in read_metrics(store)
-    )
+def _faults(store: Store) -> list[dict[str, Any]]:
+    """What made attempts necessary, so far as the run or its launcher know."""
+    names = ("attempt", "resumed_from", "cause", "rollback")
+    return [
+        {name: row[name] for name in names if name in row}
+        for row in read_attempts(store)
+        if "rollback" in row or "restart" in row
+    ]
 
 
 def _flops(task: Task) -> int | None:

@@ -84,7 +84,10 @@ def train(args: argparse.Namespace) -> int:
     # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
     from trainer.build import accelerator_name
     from trainer.distributed import init_process_group, on_rank_zero
+    from trainer.restarts import count
 
+    if count():  # by torchrun, after a failure: the run is there
+        return start(config, resume=True)
     init_process_group(accelerator_name(config.resources.accelerator), config.strategy.timeout_seconds)
     on_rank_zero(lambda: prepare_new(config))
     return start(config, resume=False)
@@ -144,7 +147,13 @@ def start(config: RunConfig, *, resume: bool) -> int:
 
     resources = config.resources
     arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
-    code = launch(Job(arguments, processes=resources.processes_per_node, threads=resources.threads))
+    job = Job(
+        arguments,
+        processes=resources.processes_per_node,
+        threads=resources.threads,
+        max_restarts=config.recovery.max_restarts,
+    )
+    code = launch(job)
     if code in (0, 75, 130):
         print(outcome(config.url), flush=True)
     return code
@@ -159,6 +168,11 @@ def outcome(url: str) -> str:
     parts = [f"{record['status']} after {record['steps']} steps"]
     if record["loss"] is not None:
         parts.append(f"loss {record['loss']:.4g}")
+    speed = record.get("throughput") or {}
+    if "mfu" in speed:
+        parts.append(
+            f"mfu {speed['mfu']:.1%} of {speed['peak_flop_per_s'] / 1e12:.4g} TFLOP/s ({speed['peak_source']})"
+        )
     if record["status"] == "diverged":
         parts.append(f"diverged at step {record['diverged_step']}")
     if record["status"] in ("preempted", "interrupted"):

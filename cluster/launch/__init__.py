@@ -3,7 +3,8 @@
     launch(Job(args=("trainer", "fit", url), processes=2)) -> exit code
 
 A backend starts `job.processes` workers `python -m <args>`, forwards SIGTERM and SIGINT to them, and returns one exit
-code for the job (`EXIT_*`). A worker that finds `PARENT_PID` in its environment ties its life to that process.
+code for the job (`EXIT_*`). Workers that were killed, hung or crashed are started again, `job.max_restarts` times; they
+find the number and the cause in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds `PARENT_PID` in its environment ties its life to that process.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass, field
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+EXIT_HANG = 76  # the watchdog ended the process
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
 
 PARENT_PID = "KEEL_PARENT_PID"
+RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 
 BACKENDS = {"local": "cluster.launch.local:launch"}
 
@@ -33,6 +36,9 @@ class Job:
         env: added to the workers' environment.
         timeout_s: after this long the workers get SIGTERM, and `grace_s` later SIGKILL; None = no limit.
         grace_s: how long workers may take to save after a signal.
+        max_restarts: how often workers are started again after one of them failed. Bad input, a requeue and an interrupt
+            are no failures of that kind, and after a signal to the job nothing is started again.
+        restart_wait_s: pause before the first restart; it doubles with each, up to a minute.
     """
 
     args: tuple[str, ...]
@@ -41,6 +47,8 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     grace_s: float = 300.0
+    max_restarts: int = 0
+    restart_wait_s: float = 0.5
 
     def __post_init__(self) -> None:
         if not self.args:
@@ -49,6 +57,8 @@ class Job:
             raise ValueError(f"processes={self.processes}: a job needs at least one process")
         if self.threads < 0:
             raise ValueError(f"threads={self.threads}: must be at least 1, or 0 to share the cores out")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts={self.max_restarts}: must be at least 0")
 
     @property
     def threads_per_process(self) -> int:

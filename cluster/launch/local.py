@@ -18,18 +18,32 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.launch import EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, PARENT_PID, Job
+from cluster.launch import (
+    EXIT_HANG,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    PARENT_PID,
+    RESTART_CAUSE,
+    RESTARTS,
+    Job,
+)
 
 # Without the current folder on the path: a user's own `trainer.py` there is not Keel's.
 _MODULE = ("-P", "-m")
 _ROOT = str(Path(__file__).resolve().parents[2])
+
+_EXIT_INTERRUPTED = 130
+_LONGEST_WAIT_S = 60.0
 
 # Failures noticed this close together are one event: which of them is the cause is then told by their kind.
 SIMULTANEOUS_S = 2
@@ -46,10 +60,16 @@ def _launch_one(job: Job) -> int:
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     started: list[int] = []
-    with _environment({**_worker_environment(job), **ranks, **rendezvous}), _signals(job, lambda: started):
-        worker = subprocess.Popen([sys.executable, *_MODULE, *job.args], start_new_session=True)
-        started.append(worker.pid)
-        code = _shell_code(worker.wait())
+    fixed = {**_worker_environment(job), **ranks, **rendezvous, **_no_restart()}
+    with _environment(fixed), _signals(job, lambda: started) as restarts:
+        while True:
+            worker = subprocess.Popen([sys.executable, *_MODULE, *job.args], start_new_session=True)
+            started[:] = [worker.pid]
+            raw = worker.wait()
+            started.clear()
+            code = _shell_code(raw)
+            if code == EXIT_OK or not restarts.again(raw, f"the worker {_how(raw)}"):
+                break
     if code > 128:
         _say(f"the worker was killed by {_signal_name(code - 128)}")
     return code
@@ -58,16 +78,26 @@ def _launch_one(job: Job) -> int:
 def _launch_many(job: Job) -> int:
     # elastic is heavy to import (torch) and not needed for one process.
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+    from cluster.launch.agent import Agent, failures
+
     _silence("torch.distributed.elastic")
     logs = tempfile.mkdtemp(prefix="keel-ranks-")
     # The agent's own handling of these signals would lose the workers' exit codes; ours forwards them instead.
-    environment = {**_worker_environment(job), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}
-    with _environment(environment):
+    environment = {**_worker_environment(job), **_no_restart(), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}
+
+    def workers() -> list[int]:
+        return [worker.id for worker in agent.get_worker_group().workers if isinstance(worker.id, int)]
+
+    with _environment(environment), _signals(job, workers) as restarts:
+
+        def again(failed: dict[int, tuple[int, float]]) -> bool:
+            rank, code = first_failure(failed)
+            return restarts.again(code, f"rank {rank} {_how(code)}")
+
         rendezvous = get_rendezvous_handler(
             RendezvousParameters(
                 backend="c10d",
@@ -84,30 +114,52 @@ def _launch_many(job: Job) -> int:
             entrypoint=sys.executable,
             args=(*_MODULE, *job.args),
             rdzv_handler=rendezvous,
-            max_restarts=0,
+            max_restarts=job.max_restarts,
             monitor_interval=0.1,
             local_addr="127.0.0.1",
         )
         others = dict.fromkeys(range(1, job.processes), Std.ALL)
-        agent = LocalElasticAgent(
+        agent = Agent(
             spec=spec,
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
             start_method="spawn",
+            again=again,
         )
-
-        def workers() -> list[int]:
-            return [worker.id for worker in agent.get_worker_group().workers if isinstance(worker.id, int)]
-
         try:
-            with _signals(job, workers):
-                result = agent.run()
+            result = agent.run()
         finally:
             rendezvous.shutdown()
-    failures = {rank: (failure.exitcode, failure.timestamp) for rank, failure in result.failures.items()}
-    code = _report(failures, Path(logs)) if result.is_failed() else EXIT_OK
+    code = _report(failures(result), Path(logs), restarts.count) if result.is_failed() else EXIT_OK
     if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR):
         shutil.rmtree(logs, ignore_errors=True)
     return code
+
+
+@dataclass
+class _Restarts:
+    """How often a job's workers were started again, and whether they may be once more."""
+
+    job: Job
+    count: int = 0
+    over: bool = False  # the job was told to end
+
+    def again(self, code: int, cause: str) -> bool:
+        """Whether to start once more after a failure with `code`; returns when it is time to."""
+        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, _EXIT_INTERRUPTED, -signal.SIGINT)
+        if self.over or final or self.count >= self.job.max_restarts:
+            return False
+        start = time.monotonic() + min(self.job.restart_wait_s * 2**self.count, _LONGEST_WAIT_S)
+        self.count += 1
+        os.environ.update({RESTARTS: str(self.count), RESTART_CAUSE: cause})
+        count = f"restart {self.count} of {self.job.max_restarts}"
+        print(f"keel: warning: {cause}; starting again from the last commit ({count})", file=sys.stderr, flush=True)
+        while not self.over and time.monotonic() < start:
+            time.sleep(0.05)
+        return not self.over
+
+
+def _no_restart() -> dict[str, str]:
+    return {RESTARTS: "0", RESTART_CAUSE: ""}
 
 
 def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
@@ -115,13 +167,14 @@ def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
     order in which they were noticed.
 
     When a worker dies its peers fail within moments, on a broken connection or on the agent's SIGTERM. So of those
-    noticed together a death by any other signal comes first, then an ordinary failure, then a requeue.
+    noticed together a hang comes first (a stopped rank is killed after it), then a death by any other signal, then an
+    ordinary failure, then a requeue.
     """
 
     def kind(code: int) -> int:
         if code < 0:
             return 4 if code == -signal.SIGTERM else 0
-        return {EXIT_USER_ERROR: 1, EXIT_REQUEUE: 3}.get(code, 2)
+        return {EXIT_HANG: -1, EXIT_USER_ERROR: 1, EXIT_REQUEUE: 3}.get(code, 2)
 
     start = min(when for _, when in failures.values())
     early = {rank: code for rank, (code, when) in failures.items() if when - start <= SIMULTANEOUS_S}
@@ -129,20 +182,19 @@ def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
     return rank, early[rank]
 
 
-def _report(failures: dict[int, tuple[int, float]], logs: Path) -> int:
+def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0) -> int:
     """Says in one line what rank 0 could not say on this terminal, and returns the job's exit code."""
     rank, raw = first_failure(failures)
     code = _shell_code(raw)
-    log = next(iter(sorted(logs.glob(f"*/attempt_0/{rank}/stderr.log"))), None)
+    log = next(iter(sorted(logs.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))), None)
     if code == EXIT_USER_ERROR:
         spoken = failures.get(0, (None, 0.0))[0] == EXIT_USER_ERROR
         line = _last_line(log, starting="keel: error:")
         if line and not spoken:
             print(line, file=sys.stderr)
     elif code != EXIT_REQUEUE:
-        how = f"was killed by {_signal_name(code - 128)}" if raw < 0 else f"failed with exit code {code}"
         last = _last_line(log)
-        _say(f"rank {rank} {how}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
+        _say(f"rank {rank} {_how(raw)}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
     return code
 
 
@@ -181,11 +233,13 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[None]:
+def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[_Restarts]:
     """Forwards SIGTERM, SIGUSR1 and SIGINT to the workers; a second SIGINT kills them. Applies the job's time limit."""
     interrupts = 0
+    restarts = _Restarts(job)
 
     def send(signum: int) -> bool:
+        restarts.over = True
         pids = list(workers())
         for pid in pids:
             try:
@@ -210,7 +264,7 @@ def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[None]:
         timer.daemon = True
         timer.start()
     try:
-        yield
+        yield restarts
     finally:
         for timer in timers:
             timer.cancel()
@@ -227,6 +281,13 @@ def _silence(name: str) -> None:
 
 def _shell_code(code: int) -> int:
     return 128 - code if code < 0 else code
+
+
+def _how(raw: int) -> str:
+    """How a process ended, by its exit code as `subprocess` gives it."""
+    if raw == EXIT_HANG:
+        return "hung"
+    return f"was killed by {_signal_name(-raw)}" if raw < 0 else f"failed with exit code {raw}"
 
 
 def _signal_name(number: int) -> str:

@@ -11,12 +11,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modules.layers.attention import CausalAttention
 from modules.layers.linear import Embedding, Linear
 from modules.layers.mlp import MLP, SwiGLU
 from modules.layers.norms import RMSNorm
+from modules.tensor_plan import Split, TensorPlan
 
 MLPS = {"swiglu": SwiGLU, "gelu": MLP}
 _HIDDEN_MULTIPLE = 8  # keeps matrix sizes friendly to tensor cores
@@ -100,6 +100,37 @@ class Transformer(nn.Module):
         """The repeated blocks in order: units of sharding, compilation, checkpointing and diagnostics."""
         return list(self.layers)
 
+    def tensor_plan(self) -> TensorPlan:
+        """Heads and MLP features are split, the norms are whole; one all-reduce ends each residual branch."""
+        splits: dict[str, Split] = {
+            "embedding": "gather",
+            "layers.*.attention_norm": "replicate",
+            "layers.*.attention": "share",
+            "layers.*.attention.query": "column",
+            "layers.*.attention.key": "column",
+            "layers.*.attention.value": "column",
+            "layers.*.attention.out": "row",
+            "layers.*.mlp_norm": "replicate",
+            "layers.*.mlp": "share",
+            "layers.*.mlp.up": "column",
+            "layers.*.mlp.down": "row",
+            "norm": "replicate",
+        }
+        if self.config.mlp == "swiglu":
+            splits["layers.*.mlp.gate"] = "column"
+        if self.config.qk_norm:
+            splits |= {"layers.*.attention.query_norm": "heads", "layers.*.attention.key_norm": "heads"}
+        if self.readout is not None:
+            splits["readout"] = "gather"
+        config = self.config
+        divisible = {
+            "vocab_size": config.vocab_size,
+            "heads": config.heads,
+            "kv_heads": config.kv_heads or config.heads,
+            "mlp_hidden": config.mlp_hidden,
+        }
+        return TensorPlan(splits, divisible)
+
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Raises ValueError for a sequence longer than `max_seq_len`."""
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] > self.max_seq_len:
@@ -111,7 +142,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x_BLD = layer(x_BLD)
         x_BLD = self.norm(x_BLD)
-        logits_BLV = F.linear(x_BLD, self.embedding.weight) if self.readout is None else self.readout(x_BLD)
+        logits_BLV = self.embedding(x_BLD) if self.readout is None else self.readout(x_BLD)
         return logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
 
 

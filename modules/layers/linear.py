@@ -54,7 +54,10 @@ class ChannelLinear(Linear):
 
 
 class Embedding(nn.Embedding):
-    """Token table `(vocab, D)`, normal with standard deviation `std`."""
+    """Token table `(vocab, D)`, normal with standard deviation `std`.
+
+    Integers `(*)` are looked up, `(*, D)`; features `(*, D)` are scored against each row, `(*, vocab)`: a tied readout.
+    """
 
     def __init__(self, vocab_size: int, width: int, *, std: float) -> None:
         self.std = std
@@ -63,6 +66,9 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
 class SoftGate(nn.Module):

@@ -113,7 +113,8 @@ class FNO(nn.Module):
                 f"and {self.dimensions} spatial axes"
             )
         if self.config.grid:
-            x = torch.cat([x, coordinates(x.shape[2:], x.device).expand(x.shape[0], *[-1] * (x.ndim - 1))], dim=1)
+            grid = coordinates(x.shape[2:], x.device).to(x.dtype)
+            x = torch.cat([x, grid.expand(x.shape[0], *[-1] * (x.ndim - 1))], dim=1)
         x = self.lifting(x)
         pads = [round(p * n) for p, n in zip(self.config.padding, x.shape[2:], strict=False)]
         if any(pads):

@@ -43,6 +43,8 @@ class Task(lightning.LightningModule, ABC):
         self.config = config
         self.prepare: Callable[[nn.Module], nn.Module | None] | None = None
         self.optimizers_factory: Callable[[nn.Module], tuple[Optimizer, LRScheduler | None]] | None = None
+        # Multiplies all gradients by a number on the device; replaced where they do not lie in `.grad`.
+        self.scale_gradients: Callable[[Optimizer, Tensor], None] = _scale_gradients
         self._prepared = False
         self._first_count: Tensor | None = None  # valid elements, over ranks: first micro-batch of the window,
         self._window_count: Tensor | None = None  # all of the window so far,
@@ -130,11 +132,17 @@ class Task(lightning.LightningModule, ABC):
         return {"loss": total * world / valid, **extras}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """With uneven counts a micro-batch weighs as much as it has valid elements; the step divides by their sum."""
+        super().backward(self.weighted(loss), *args, **kwargs)
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """What a micro-batch sends backward, once: with uneven counts it weighs as much as it has valid elements.
+
+        The step divides by their sum.
+        """
         if self._backward_weight is not None:
             loss = loss * self._backward_weight
             self._backward_weight = None
-        super().backward(loss, *args, **kwargs)
+        return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Finish the mean over an accumulation window with uneven counts; runs before clipping."""
@@ -143,10 +151,7 @@ class Task(lightning.LightningModule, ABC):
         accumulated = self._trainer.accumulate_grad_batches if self._trainer is not None else 1
         factor = accumulated * self._first_count / self._window_count.clamp_min(1)
         self._first_count = self._window_count = None
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _local(parameter.grad).mul_(factor)
+        self.scale_gradients(optimizer, factor)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = {}
@@ -170,6 +175,13 @@ class Task(lightning.LightningModule, ABC):
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _scale_gradients(optimizer: Optimizer, factor: Tensor) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(factor)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def bare(raw: dict[str, Any], url: str) -> list[float]:
     rules = parametrization.lookup("standard")[1](parametrization.lookup("standard")[0]()).rules(task.network)
     if run.strategy.name == "fsdp":
         init_process_group("cpu", 60)
-        shard(task.network, init_device_mesh("cpu", (1,)), run.strategy.reshard_after_forward)
+        shard(task.network, init_device_mesh("cpu", (1,)))
     optimizer, scheduler = optimizer_and_scheduler(run, task.network, rules)
     parameters = list(task.network.parameters())
     key = "fields" if "fields" in task.example_batch(1) else "tokens"

@@ -140,6 +140,7 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert first_failure({1: (1, 10), 0: (1, 10)}) == (1, 1)  # rank 1 was noticed first
     assert first_failure({0: (75, 10), 1: (75, 10)}) == (0, 75)
     assert first_failure({0: (2, 10), 1: (1, 10)}) == (0, 2)
+    assert first_failure({1: (-9, 11), 0: (76, 10)}) == (0, 76)  # rank 1 was stopped, and killed after the others hung
 
 
 @pytest.mark.parametrize("arguments", [{"args": ()}, {"args": ("a",), "processes": 0}, {"args": ("a",), "threads": -1}])
@@ -164,3 +165,60 @@ def _running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+# Does what its second argument says on the first start, and nothing but note each start.
+RESTARTED = """
+import json, os, signal, sys, time
+out, action, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
+start = int(os.environ["KEEL_RESTARTS"])
+with open(f"{out}/start-{start}-{rank}.json", "w") as file:
+    json.dump([start, os.environ["KEEL_RESTART_CAUSE"], os.environ.get("TORCHELASTIC_RESTART_COUNT", str(start))], file)
+if start < 2 or action == "always":
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL) if action != "hung" else os._exit(76)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that waits for the dead one
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "action", "cause"),
+    [
+        (1, "killed", "the worker was killed by SIGKILL"),
+        (1, "hung", "the worker hung"),
+        (2, "killed", "rank 1 was kil"),
+    ],
+)
+def test_killed_and_hung_workers_are_started_again(
+    processes: int, action: str, cause: str, worker: str, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keel_restarted.py").write_text(RESTARTED)
+    monkeypatch.setattr("cluster.launch.agent._STOP_S", 0.5)
+    job = Job(("keel_restarted", str(tmp_path), action), processes=processes, max_restarts=3, restart_wait_s=0.01)
+    assert launch(job) == 0
+    import json
+
+    for rank in range(processes):
+        starts = [json.loads((tmp_path / f"start-{n}-{rank}.json").read_text()) for n in range(3)]
+        assert [start[0] for start in starts] == [0, 1, 2] and not (tmp_path / f"start-3-{rank}.json").exists()
+        assert starts[0][1] == "" and starts[1][1].startswith(cause)
+        assert [start[2] for start in starts] == ["0", "1", "2"]
+    assert "KEEL_RESTARTS" not in os.environ
+    error = capfd.readouterr().err
+    assert error.count("starting again from the last commit") == 2 and error.count("\n") == 2
+
+
+def test_restarts_end_after_their_number_and_bad_input_is_not_tried_again(
+    worker: str, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keel_restarted.py").write_text(RESTARTED)
+    job = Job(("keel_restarted", str(tmp_path), "always"), max_restarts=2, restart_wait_s=0.01)
+    assert launch(job) == 137
+    assert sorted(path.name for path in tmp_path.glob("start-*")) == [f"start-{n}-0.json" for n in range(3)]
+    assert "restart 2 of 2" in capfd.readouterr().err
+    assert launch(Job((worker, str(tmp_path), "user"), processes=2, threads=1, max_restarts=2)) == 2
+    assert "starting again" not in capfd.readouterr().err
+    with pytest.raises(ValueError, match="max_restarts=-1"):
+        Job(("x",), max_restarts=-1)

@@ -13,13 +13,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, preload: tuple[str, ...] = ()
+) -> list[Any]:
     """Calls `function(*args)` on each rank of a gloo group of `world` fresh processes; returns the results by rank.
 
-    `function` must be importable (module level). Raises RuntimeError with the first traceback of a failed rank, or
+    `function` must be importable (module level). `preload`: modules that are imported once, in a process from which those
+    of this and of later calls with the same modules are forked: seconds saved per process. Raises RuntimeError with the first traceback of a failed rank, or
     TimeoutError; all processes are gone when it returns.
     """
-    context = mp.get_context("spawn")
+    context: Any = mp.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(list(preload))
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
@@ -57,6 +62,7 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
 
 def _worker(rank: int, world: int, rendezvous: str, results: Any, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # as a launcher sets it; Lightning would change the number of threads otherwise
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     try:
         dist.init_process_group("gloo", store=dist.FileStore(rendezvous, world), rank=rank, world_size=world)

@@ -278,7 +278,9 @@ def test_throughput_against_a_known_timetable(tmp_path: Path) -> None:
     log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=5)
     shown: list[Row] = []
     log.subscribe(shown.extend)
-    throughput = Throughput(log, global_batch=8, tokens_per_sample=16, flops_per_sample=10**12, peak=8e12, clock=clock)
+    throughput = Throughput(
+        log, global_batch=8, tokens_per_sample=16, flops_per_sample=10**12, peak=(8e12, "a sheet"), clock=clock
+    )
     trainer: Any = SimpleNamespace(
         global_step=0,
         world_size=2,
@@ -326,6 +328,24 @@ def test_throughput_against_a_known_timetable(tmp_path: Path) -> None:
     assert summary["first_step_seconds"] == pytest.approx(7.25)
     assert summary["data_wait_seconds"] == pytest.approx(2.5)
     assert summary["steps_per_s"] == pytest.approx(1.0)
+    assert summary["goodput"] == pytest.approx(10 * 0.75 / (7.25 + 9 + 5))
+    assert (summary["peak_flop_per_s"], summary["peak_source"]) == (8e12, "a sheet")
+
+
+def test_goodput_counts_what_earlier_attempts_took_and_kept(tmp_path: Path) -> None:
+    """Resumed at step 6 of a run that first started 90 s ago: the steps that were lost with it are no gain."""
+    clock = Clock()
+    log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=100)
+    throughput = Throughput(log, global_batch=8, first_start=10.0, clock=clock, wall=lambda: 100.0)
+    trainer: Any = SimpleNamespace(global_step=6, world_size=1)
+    throughput.on_train_start(trainer, None)  # type: ignore[arg-type]
+    for _ in range(4):
+        throughput.on_train_batch_start(trainer, None, {}, 0)  # type: ignore[arg-type]
+        clock.now += 2.5
+        trainer.global_step += 1
+        throughput.on_train_batch_end(trainer, None, {}, {}, 0)  # type: ignore[arg-type]
+    assert throughput.summary()["elapsed_seconds"] == pytest.approx(100.0)
+    assert throughput.summary()["goodput"] == pytest.approx(10 * 2.5 / 100.0)
 
 
 def test_progress_without_a_terminal_prints_a_line_now_and_then(tmp_path: Path) -> None:

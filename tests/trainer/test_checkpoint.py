@@ -21,13 +21,14 @@ from trainer.checkpoint import (
     Checkpointer,
     CheckpointError,
     CorruptCheckpoint,
+    Retention,
     committed_steps,
     latest,
+    load_module,
     read_manifest,
     step_name,
     verify,
 )
-from trainer.checkpoint.checkpointer import load_module
 
 CPU = torch.device("cpu")
 
@@ -186,7 +187,7 @@ def test_a_flipped_bit_is_named_when_loading(tmp_path):
     store, checkpointer = committed(tmp_path)
     path = tmp_path / step_name(4) / "rank-00000-000.bin"
     raw = bytearray(path.read_bytes())
-    raw[60] ^= 1
+    raw[0] ^= 1
     path.write_bytes(raw)
     net, optimizer = make(False)
     with pytest.raises(CorruptCheckpoint, match=r"rank-00000-000.bin is corrupt at byte \d+ \(tensor "):
@@ -219,15 +220,17 @@ def test_retention_counts_whole_steps_only(tmp_path):
     net, optimizer = make(False)
     os.truncate(tmp_path / step_name(4) / "rank-00000-000.bin", 10)
     checkpointer.save(6, net, [optimizer], {}, device=CPU)
+    checkpointer.wait()
     assert committed_steps(store) == [2, 4, 6]
 
 
 def test_retention_keeps_the_last_and_the_permanent(tmp_path):
     store = Store(str(tmp_path))
-    checkpointer = Checkpointer(store, keep_last=2, keep_every=4)
+    checkpointer = Checkpointer(store, retention=Retention(keep_last=2, keep_every=4))
     net, optimizer = make(False)
     for step in range(1, 8):
         checkpointer.save(step, net, [optimizer], {}, device=CPU)
+    checkpointer.wait()
     assert committed_steps(store) == [4, 6, 7]
     assert not any(path.startswith(step_name(5)) for path in store.list(""))
 

@@ -56,7 +56,7 @@ def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_pat
         (["train=3"], "train=3: expected a section"),
         (["model.name=fmo"], "did you mean fno"),
         (["optim.name=adamv"], "optim.name=adamv: no such optim; did you mean adamw?"),
-        (["strategy.name=zero"], "strategy.name=zero: no such strategy; known: ddp, fsdp"),
+        (["strategy.name=zero"], "strategy.name=zero: no such strategy; known: ddp, deepspeed, fsdp"),
         (["train.global_batch=5", "resources.processes_per_node=2"], "nearest valid: 4 or 6"),
         (["train.global_batch=8", "train.micro_batch=3"], "train.micro_batch=3 does not divide the 8 samples"),
         (["schedule.warmup_steps=99"], "exceed train.max_steps=8"),

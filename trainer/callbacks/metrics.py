@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning
@@ -13,7 +15,13 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from datamodules.store import StoreError
 from trainer.records import MetricsWriter, Row, TraceWriter
+
+log = logging.getLogger("keel.run")
+
+# Seconds before the rows that are left at the end of training are sent once more: there is no later for them.
+_LAST_PAUSES = (1.0, 4.0)
 
 Listener = Callable[[list[Row]], None]
 Source = Callable[[int], Mapping[str, float]]
@@ -88,17 +96,26 @@ class MetricsLog(lightning.Callback):
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Writes a row `{"step", "event": name, ...}` at once. Rank 0's is kept; not collective."""
-        self.writer.append({"step": step, "time": self._clock(), "event": name, **fields})
+        self._calmly(lambda: self.writer.append({"step": step, "time": self._clock(), "event": name, **fields}))
 
     def flush(self, wait: bool = True) -> None:
         """Everything up to the last finished step to the store. Collective: all ranks call it, in the same step.
 
-        `wait`: returns only when it is there. Raises what an upload raised.
+        `wait`: returns only when it is there, and raises what an upload raised.
         """
         self._reduce()
-        self.writer.flush(wait)
+        if wait:
+            self.settle()
+            return
+        self._calmly(lambda: self.writer.flush(wait=False))
         if self.trace is not None:
-            self.trace.flush(wait)
+            self._calmly(lambda: self.trace.flush(wait=False))  # type: ignore[union-attr]
+
+    def settle(self) -> None:
+        """Waits until all that was handed out is in the store. Not collective; from any thread. Raises what an upload raised."""
+        self.writer.flush(wait=True)
+        if self.trace is not None:
+            self.trace.flush(wait=True)
 
     # ------------------------------------------------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -133,10 +150,16 @@ class MetricsLog(lightning.Callback):
             return
         values = torch.stack([value.double() for value in found.values()]).tolist()
         self._hand_out([{"step": self._last, "time": self._clock(), **dict(zip(found, values, strict=True))}])
-        self.writer.flush(wait=False)
+        self._calmly(lambda: self.writer.flush(wait=False))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.flush(wait=True)
+        for pause in _LAST_PAUSES:
+            try:
+                return self.flush(wait=True)
+            except StoreError as error:
+                log.warning("%s; the last rows of metrics are sent again in %g s", error, pause)
+                time.sleep(pause)
+        return self.flush(wait=True)
 
     # -------------------------------------------------------------------------------------------------------- internals
     def _accumulate(self, outputs: Any) -> None:
@@ -202,10 +225,22 @@ class MetricsLog(lightning.Callback):
         start = 0
         for step, parts in traced:
             end = start + sum(index.numel() for index in parts)
-            trace.append(step, ids[start:end])
+            self._calmly(partial(trace.append, step, ids[start:end]))
             start = end
 
+    @staticmethod
+    def _calmly(call: Callable[[], None]) -> None:
+        """`call()`, once more where it raises what an earlier upload raised: a store that is away for a while ends no run.
+
+        The rows of that upload are kept in memory and go with the next one.
+        """
+        try:
+            call()
+        except StoreError as error:
+            log.warning("%s; the rows of metrics are kept and sent again", error)
+            call()
+
     def _hand_out(self, rows: list[Row]) -> None:
-        self.writer.extend(rows)
+        self._calmly(lambda: self.writer.extend(rows))
         for listener in self._listeners:
             listener(rows)

@@ -32,7 +32,7 @@ class _Count:
 
 
 class Throughput(lightning.Callback):
-    """Columns `throughput/...` on every k-th step of `log`, over the steps since the last such row.
+    """Columns `throughput/...` on every k-th step of `metrics`, over the steps since the last such row.
 
     `steps_per_s`, `samples_per_s`, `tokens_per_s` (tasks on tokens), `flop_per_s` (model FLOPs of the whole run, see
     `trainer.flops`), `tflop_per_s_per_device`, `mfu` (where the device's peak is known) count training time: wall time
@@ -44,26 +44,32 @@ class Throughput(lightning.Callback):
     as the wait for data. Checkpointing wraps what blocks the step in `stalled()`.
 
     Args:
-        log: asks for the numbers on its k-th steps.
+        metrics: asks for the numbers on its k-th steps.
         global_batch: samples per optimiser step, over all ranks.
         tokens_per_sample: 1 for fields: then there is no `tokens_per_s`.
         flops_per_sample: forward and backward of one sample; None: no FLOP columns.
-        peak: FLOP/s of one device at the run's precision (`trainer.flops.device_peak`); None: no `mfu`.
-        clock: monotonic seconds.
+        peak: FLOP/s of one device at the run's precision, and where the figure comes from (`trainer.flops.peak_and_source`);
+            None: no `mfu`.
+        first_start: when the run's first attempt started, in seconds since the epoch; None: when this one trains.
+        clock: monotonic seconds; `wall`: seconds since the epoch.
     """
 
     def __init__(
         self,
-        log: MetricsLog,
+        metrics: MetricsLog,
         *,
         global_batch: int,
         tokens_per_sample: int = 1,
         flops_per_sample: int | None = None,
-        peak: float | None = None,
+        peak: tuple[float, str] | None = None,
+        first_start: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.global_batch, self.tokens_per_sample = global_batch, tokens_per_sample
         self.flops_per_sample, self.peak, self._clock = flops_per_sample, peak, clock
+        self._first_start, self._wall = first_start, wall
+        self._before = 0.0  # seconds from the run's first start until this attempt trains
         self._world = 1
         self._data: Any = None
         self._begin = self._clock()
@@ -71,7 +77,7 @@ class Throughput(lightning.Callback):
         self._total, self._warm, self._mark = _Count(), _Count(), _Count()
         self._waiting_since: float | None = None
         self._validating_since: float | None = None
-        log.add_source(self._columns)
+        metrics.add_source(self._columns)
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[None]:
@@ -82,10 +88,15 @@ class Throughput(lightning.Callback):
         finally:
             self._total.checkpoint += self._clock() - start
 
-    def summary(self) -> dict[str, float]:
-        """For the record: wall seconds, their parts, and the rates over all steps after the first."""
+    def summary(self) -> dict[str, Any]:
+        """For the record: wall seconds, their parts, the rates over all steps after the first, and the goodput.
+
+        `goodput` is the share of the wall time since the run's first start, over all attempts and what lay between them,
+        that went into steps which count, at this attempt's pace without waits for data: what was lost to start-up,
+        saving, validating, waiting, restarts and steps done twice is the rest. `peak_source` says what `mfu` refers to.
+        """
         total = self._now(self._total.step)
-        found = {
+        found: dict[str, Any] = {
             "seconds": total.time,
             "training_seconds": total.training,
             "validation_seconds": total.validation,
@@ -95,7 +106,14 @@ class Throughput(lightning.Callback):
             "steps": float(total.step),
         }
         steady = total.since(self._warm)
-        return found | (self._rates(steady) if steady.step > 0 else {})
+        if steady.step <= 0:
+            return found
+        useful = (steady.training - steady.wait) / steady.step * (total.step + self._first_step)
+        elapsed = total.time + self._before
+        found |= self._rates(steady) | {"goodput": min(useful / elapsed, 1.0), "elapsed_seconds": elapsed}
+        if self.peak is not None:
+            found |= {"peak_flop_per_s": self.peak[0], "peak_source": self.peak[1]}
+        return found
 
     # ------------------------------------------------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -103,6 +121,7 @@ class Throughput(lightning.Callback):
         self._data = getattr(trainer, "datamodule", None)
         self._begin = self._waiting_since = self._clock()
         self._first_step = trainer.global_step
+        self._before = 0.0 if self._first_start is None else max(self._wall() - self._first_start, 0.0)
         self._total, self._warm, self._mark = _Count(), _Count(), _Count()
 
     def on_train_batch_start(
@@ -158,7 +177,7 @@ class Throughput(lightning.Callback):
             found["flop_per_s"] = samples * self.flops_per_sample
             found["tflop_per_s_per_device"] = found["flop_per_s"] / self._world / 1e12
             if self.peak is not None:
-                found["mfu"] = found["flop_per_s"] / self._world / self.peak
+                found["mfu"] = found["flop_per_s"] / self._world / self.peak[0]
         return found
 
 

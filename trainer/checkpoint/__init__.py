@@ -8,14 +8,18 @@ and nothing is unpickled but `state.pt`, under `weights_only`.
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from trainer.checkpoint.loading import load_module
 from trainer.checkpoint.manifest import committed_steps, latest, read_manifest, step_name, verify
+from trainer.checkpoint.retention import Retention
 
 __all__ = [
     "CheckpointError",
     "Checkpointer",
     "CorruptCheckpoint",
+    "Retention",
     "committed_steps",
     "latest",
+    "load_module",
     "read_manifest",
     "step_name",
     "verify",

@@ -1,40 +1,49 @@
 """Saves, commits, finds and loads the checkpoints of one run. Every method is collective unless it says otherwise."""
 
-import dataclasses
 import hashlib
-import io
 import json
 import logging
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
-import google_crc32c
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from datamodules.store import Store, StoreError
+from trainer.checkpoint import loading
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
-from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
-from trainer.checkpoint.storage import ShardReader, ShardWriter, read_full
+from trainer.checkpoint.background import Flight
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.plan import Plan, make_plan, signature
+from trainer.checkpoint.retention import Ledger, Retention
+from trainer.checkpoint.staging import Buffers, Image, Written, crc32c, tensor_table, upload
 from trainer.distributed import on_rank_zero, rank, world_size
 
 log = logging.getLogger("keel.checkpoint")
+
+# For collectives after an upload: the first rank to be ready waits for the last.
+_TIMEOUT = timedelta(hours=2)
 
 
 class Checkpointer:
     """The checkpoints under one store.
 
+    With `background` a save returns once this rank's bytes are copied to host memory; hashing, upload, commit and
+    retention run in one thread, whose collectives have a process group of their own. One save is in flight: the next
+    one waits for it. What goes wrong there is raised by `poll`, `wait`, the next save or the next load. Without
+    `background` only old checkpoints are removed in that thread.
+
     Args:
         store: the `checkpoints/` prefix of a run.
         describe: plain data written into each manifest (resolved config, code version ...).
-        part_bytes: size at which the next object is begun; only a larger chunk of one tensor makes a larger object.
-        keep_last: how many committed steps are kept at least (2 or more).
-        keep_every: steps divisible by it are kept for good (0: none).
+        part_bytes: size at which the next object is begun; larger pieces of tensors are cut.
+        retention: which steps are kept; the default keeps the last two.
+        background: saves beside training.
     """
 
     def __init__(
@@ -43,13 +52,33 @@ class Checkpointer:
         describe: dict[str, Any] | None = None,
         *,
         part_bytes: int = 256 << 20,
-        keep_last: int = 2,
-        keep_every: int = 0,
+        retention: Retention | None = None,
+        background: bool = False,
     ) -> None:
         self.store, self.describe = store, describe or {}
-        self.part_bytes, self.keep_last, self.keep_every = part_bytes, keep_last, keep_every
+        self.part_bytes, self.background = part_bytes, background
+        self.retention = retention or Retention()
         # Raises CheckpointError when this writer has been replaced; asked on rank 0 around every commit.
         self.fence: Callable[[], None] = lambda: None
+        # Called on all ranks before a commit, in the thread that uploads: what must be in the store by then.
+        self.before_commit: Callable[[], None] = lambda: None
+        self._registered: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
+        self._flight, self._ledger = Flight(), Ledger(store)
+        self._image, self._buffers = Image(), Buffers()
+        self._signature: list[Any] | None = None
+        self._plan: Plan | None = None
+        self._group: Any = None
+
+    def register(self, prefix: str, source: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """More tensors to be saved as `prefix.<name>` and loaded in place, resharded like all others (such as averaged weights).
+
+        Args:
+            prefix: one word; `ema` is that of averaged weights, under the names of the module's parameters.
+            source: gives the live tensors, DTensors where sharded; the same names on all ranks.
+        """
+        if f"{prefix}." in (states.MODEL, states.OPTIMIZER, states.RNG) or "." in prefix:
+            raise ValueError(f"prefix={prefix}: taken, or not one word")
+        self._registered[prefix] = source
 
     def save(
         self,
@@ -61,7 +90,7 @@ class Checkpointer:
         device: torch.device,
         stream: dict[str, Any] | None = None,
     ) -> bool:
-        """Writes and commits one step; False when the step is committed already (nothing is ever overwritten).
+        """Writes and commits one step, or begins to; False when the step is committed already (nothing is ever overwritten).
 
         Args:
             step: optimiser steps done.
@@ -72,20 +101,31 @@ class Checkpointer:
             stream: state of the data stream, for the manifest.
 
         Raises:
-            CheckpointError: the store refused, or `extra` holds something that could not be loaded safely.
+            CheckpointError: the store refused, now or in the save before, or `extra` holds something that could not be
+                loaded safely.
         """
-        me, world = rank(), world_size()
+        self.wait()
+        tensors, scalars = self._collect(module, optimizers)
+        tensors[f"{states.RNG}{rank():05d}"] = states.rng_state(device)
+        plan = self._planned(tensors)
+        state = _try(lambda: loading.pack(extra)) if rank() == 0 else b""
+        document = {"scalars": scalars, "stream": stream}
+        source: Image | Buffers
+        if self.background:
+            self._image.fill(plan, tensors)
+            source = self._image
+        else:
+            self._buffers.prepare(plan, tensors)
+            source = self._buffers
         folder = self.store.sub(manifests.step_name(step))
-        if on_rank_zero(lambda: self._begin(folder, step)):
-            return False
-        tensors, scalars = states.collect(module, optimizers)
-        tensors[f"{states.RNG}{me:05d}"] = states.rng_state(device)
-        writer = ShardWriter(folder, me, self.part_bytes)
-        _dcp(
-            lambda: dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized()), f"saving {folder.url}"
-        )
-        on_rank_zero(lambda: self._commit(folder, step, world, writer, scalars, extra, stream))
-        return True
+        work = partial(self._write, step, lambda: upload(folder, plan, source), state, document, plan)
+        if self.background:
+            self._flight.start(work, f"keel-save-{step}")
+            return True
+        begun = work()
+        if begun and rank() == 0:
+            self._flight.start(self._retain, "keel-retention")  # to remove the old need not hold training up
+        return begun
 
     def load(
         self, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], *, device: torch.device
@@ -95,166 +135,175 @@ class Checkpointer:
         Raises:
             CheckpointError: not committed, damaged, or made for another network (the tensors are named).
         """
+        self.wait()
         folder = self.store.sub(manifests.step_name(step))
         manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
-        tensors, scalars = states.collect(module, optimizers)
+        tensors, scalars = self._collect(module, optimizers)
         mine = f"{states.RNG}{rank():05d}"
-        check_compatible(manifest, tensors, scalars, folder.url)
+        loading.check_compatible(manifest, tensors, scalars, folder.url)
         same_world = manifest["world_size"] == world_size()
         if same_world and mine in manifest["tensors"]:
             tensors[mine] = torch.empty(manifest["tensors"][mine]["shape"], dtype=torch.uint8)
-        reader = ShardReader(folder, manifest["tensors"])
-        _dcp(
-            lambda: dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized()), f"loading {folder.url}"
-        )
+        loading.load_tensors(folder, manifest["tensors"], tensors)
         packed = tensors.pop(mine, None)
-        states.restore(module, optimizers, tensors, {name: manifest["scalars"][name] for name in scalars})
+        own = {name: value for name, value in tensors.items() if name.startswith((states.MODEL, states.OPTIMIZER))}
+        states.restore(module, optimizers, own, {name: manifest["scalars"][name] for name in scalars})
         if packed is not None:
             states.set_rng_state(packed, device)
-        return _unpack(on_rank_zero(lambda: _read_state(folder, manifest)))
+        return loading.unpack(on_rank_zero(lambda: loading.read_state(folder, manifest)))
 
     def latest(self, before: int | None = None) -> int | None:
         """The newest whole step, agreed on by all ranks; None when there is none."""
+        self.wait()
         return on_rank_zero(lambda: manifests.latest(self.store, before=before))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank. Not collective."""
+        return self._flight.busy
+
+    def poll(self) -> bool:
+        """Whether a save has ended since the last call; raises what it raised. Not collective; never waits."""
+        return self._flight.poll()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for the save in flight, at most `seconds`; False when it goes on. Raises what it raised. Not collective."""
+        return self._flight.wait(seconds)
+
+    def note(self, step: int, metrics: dict[str, float]) -> None:
+        """Keeps validation metrics of a step, for retention by the best. Collective only in that rank 0's are kept."""
+        if rank() == 0:
+            try:
+                self._ledger.note(step, metrics)
+            except StoreError as error:
+                log.warning("the metrics of step %d could not be kept beside its checkpoint: %s", step, error)
+
+    def _collect(
+        self, module: nn.Module, optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors, scalars = states.collect(module, optimizers)
+        for prefix, source in self._registered.items():
+            tensors.update({f"{prefix}.{name}": tensor for name, tensor in source().items()})
+        return tensors, scalars
+
+    def _open_group(self) -> None:
+        if self._group is None and world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+    def _planned(self, tensors: dict[str, torch.Tensor]) -> Plan:
+        """The plan for these tensors; made anew when they are others than at the last save, on whichever rank."""
+        self._open_group()
+        found = signature(tensors)
+        changed = torch.tensor([self._plan is None or found != self._signature], dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(changed, dist.ReduceOp.MAX, group=self._group)
+        if self._plan is None or bool(changed):
+            self._plan, self._signature = make_plan(tensors, self.part_bytes, self._group), found
+        return self._plan
+
+    def _write(
+        self,
+        step: int,
+        put: Callable[[], Written],
+        state: bytes | Exception,
+        document: dict[str, Any],
+        plan: Plan,
+    ) -> bool:
+        """All of a save that needs no live tensor (in the background) or is done at once; on all ranks."""
+        folder = self.store.sub(manifests.step_name(step))
+        if on_rank_zero(lambda: self._begin(folder, step), self._group):
+            return False
+        mine: Written | Exception
+        try:
+            mine = put()
+            self.before_commit()
+        except Exception as error:
+            mine = _portable(error)
+        everyone: list[Any] = [mine]
+        if self._group is not None:
+            everyone = [None] * world_size()
+            dist.gather_object(mine, everyone if rank() == 0 else None, dst=0, group=self._group)
+
+        def commit() -> None:
+            _raise_first([*everyone, state], folder.url)
+            self._commit(folder, step, everyone, state, {**document, "tensors": tensor_table(plan, everyone)})  # type: ignore[arg-type]
+
+        on_rank_zero(commit, self._group)
+        if rank() == 0 and self.background:
+            self._retain()
+        return True
 
     def _begin(self, folder: Store, step: int) -> bool:
         """Rank 0: True if the step is committed and whole; otherwise removes what is there of it."""
         self.fence()
-        if folder.exists(manifests.MARKER):
+        left = folder.list("")
+        if manifests.MARKER in left:
             problems = manifests.verify(self.store, step)
             if not problems:
                 return True
             log.warning("%s was damaged and is written again: %s", folder.url, problems[0])
             folder.delete(manifests.MARKER)
-        folder.delete_tree("")
+        for path in left:
+            folder.delete(path)
+        self._ledger.forget(step)
         return False
 
-    def _commit(
-        self,
-        folder: Store,
-        step: int,
-        world: int,
-        writer: ShardWriter,
-        scalars: dict[str, Any],
-        extra: dict[str, Any],
-        stream: dict[str, Any] | None,
-    ) -> None:
-        """Rank 0: small state, then the manifest, then the marker; then retention."""
-        packed = io.BytesIO()
-        torch.save(extra, packed)
-        state = packed.getvalue()
-        try:
-            _unpack(state)
-        except Exception as error:
-            raise CheckpointError(
-                f"the state of a callback or scheduler is not plain data and could not be loaded safely: {error}"
-            ) from error
+    def _commit(self, folder: Store, step: int, written: list[Written], state: bytes, document: dict[str, Any]) -> None:
+        """Rank 0: small state, then the manifest, then the marker."""
         folder.write(manifests.STATE, state)
-        files = [dataclasses.asdict(file) for file in writer.files]
-        files.append({"path": manifests.STATE, "size": len(state), "crc32c": google_crc32c.value(state)})
+        files = sorted((file for part in written for file in part.files), key=lambda file: file["path"])
+        files.append({"path": manifests.STATE, "size": len(state), "crc32c": crc32c(state)})
+        created = time.time()
         document = {
             "format": manifests.FORMAT_VERSION,
             "step": step,
-            "world_size": world,
-            "created": time.time(),
+            "world_size": world_size(),
+            "created": created,
             **self.describe,
-            "stream": stream,
+            **document,
             "files": files,
-            "scalars": scalars,
-            "tensors": writer.tensors,
         }
-        raw = json.dumps(document, indent=1, sort_keys=True).encode()
+        raw = json.dumps(document, sort_keys=True).encode()
         folder.write(manifests.MANIFEST, raw)
-        marker = json.dumps({"step": step, "manifest_sha256": hashlib.sha256(raw).hexdigest()}).encode()
+        digest = hashlib.sha256(raw).hexdigest()
+        marker = json.dumps({"step": step, "manifest_sha256": digest, "created": created}).encode()
         self.fence()
         if not folder.create(manifests.MARKER, marker):
             raise CheckpointError(
                 f"{folder.url} was committed by another process meanwhile: two runs write to the same URL; stop one"
             )
-        self._retain()
 
     def _retain(self) -> None:
         """Rank 0: drops committed steps beyond the policy, marker first, so that a half-deleted one is never trusted."""
         try:
-            whole = 0
-            for step in reversed(manifests.committed_steps(self.store)):
-                if whole < self.keep_last:  # only whole ones count: the damaged cannot be fallen back to
-                    whole += not manifests.verify(self.store, step, deep=False)
-                elif not (self.keep_every and step % self.keep_every == 0):
-                    folder = self.store.sub(manifests.step_name(step))
-                    folder.delete(manifests.MARKER)
-                    folder.delete_tree("")
+            entries = self._ledger.entries(metrics=bool(self.retention.best))
+            kept = self.retention.kept(entries, lambda step: not manifests.verify(self.store, step, deep=False))
+            for entry in entries:
+                if entry.step not in kept:
+                    self._ledger.remove(entry.step)
         except StoreError as error:  # the new step is safe; the next save tries again
             log.warning("old checkpoints could not be removed: %s", error)
 
 
-def check_compatible(
-    manifest: dict[str, Any], tensors: dict[str, torch.Tensor], scalars: dict[str, Any], url: str
-) -> None:
-    """Compares what a checkpoint holds with what is asked of it.
-
-    Raises:
-        CheckpointError: missing tensors or other shapes, named with both sides.
-    """
-    saved = manifest["tensors"]
-    missing = [name for name in tensors if name not in saved] + [
-        name for name in scalars if name not in manifest["scalars"]
-    ]
-    if missing:
-        raise CheckpointError(f"{url} lacks {_some(missing)}: it was saved by another model or optimiser config")
-    wrong = [
-        f"{name} {saved[name]['shape']} (config: {list(tensor.shape)})"
-        for name, tensor in tensors.items()
-        if saved[name]["shape"] != list(tensor.shape)
-    ]
-    if wrong:
-        raise CheckpointError(f"{url} has other shapes: {_some(wrong)}; use the config that it was saved with")
-    extra = [name for name in saved if name.startswith(states.MODEL) and name not in tensors]
-    if extra:
-        raise CheckpointError(f"{url} holds {_some(extra)}, which the configured model has not")
-
-
-def load_module(store: Store, step: int, module: nn.Module) -> None:
-    """Loads only the parameters and buffers of an unsharded module, in one process (evaluation, export).
-
-    Raises:
-        CheckpointError: as `Checkpointer.load`.
-    """
-    manifest = manifests.read_manifest(store, step)
-    folder = store.sub(manifests.step_name(step))
-    own = module.state_dict()
-    check_compatible(manifest, {states.MODEL + name: tensor for name, tensor in own.items()}, {}, folder.url)
-    loaded = read_full(folder, manifest["tensors"], [states.MODEL + name for name in own])
-    module.load_state_dict({name.removeprefix(states.MODEL): tensor for name, tensor in loaded.items()})
-
-
-def _read_state(folder: Store, manifest: dict[str, Any]) -> bytes:
-    raw = folder.read(manifests.STATE)
-    (entry,) = [file for file in manifest["files"] if file["path"] == manifests.STATE]
-    if len(raw) != entry["size"] or google_crc32c.value(raw) != entry["crc32c"]:
-        raise CorruptCheckpoint(f"{folder.join(manifests.STATE)} is corrupt: crc32c differs")
-    return raw
-
-
-def _unpack(state: bytes) -> dict[str, Any]:
-    return torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
-
-
-def _dcp(call: Callable[[], Any], what: str) -> None:
-    # CheckpointException is a BaseException: `except Exception` would let it pass and print a page per rank.
+def _try(call: Callable[[], bytes]) -> bytes | Exception:
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            call()
-    except dcp.api.CheckpointException as error:
-        causes = {str(_cause(failure)): _cause(failure) for failure in error.failures.values()}
-        corrupt = any(isinstance(cause, CorruptCheckpoint) for cause in causes.values())
-        raise (CorruptCheckpoint if corrupt else CheckpointError)(f"{what} failed: {'; '.join(causes)}") from error
+        return call()
+    except CheckpointError as error:  # raised on all ranks, when they next meet
+        return error
 
 
-def _cause(failure: Any) -> BaseException:
-    return failure[0] if isinstance(failure, tuple) else failure
+def _portable(error: Exception) -> Exception:
+    """An error that travels to rank 0 and is built there again."""
+    if isinstance(error, CheckpointError | StoreError):
+        return type(error)(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _raise_first(results: Sequence[Any], url: str) -> None:
+    errors = [result for result in results if isinstance(result, Exception)]
+    if not errors:
+        return
+    lines = dict.fromkeys(" ".join(str(error).split()) for error in errors)
+    defect = next((error for error in errors if not isinstance(error, CheckpointError | StoreError)), None)
+    message = f"saving {url} failed: {'; '.join(lines)}"
+    raise RuntimeError(message) if defect is not None else CheckpointError(message)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import google_crc32c
@@ -13,6 +14,7 @@ from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 
 FORMAT_VERSION = 1
 MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "state.pt"
+_THREADS = 16
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 log = logging.getLogger("keel.checkpoint")
@@ -74,19 +76,22 @@ def verify(store: Store, step: int, *, deep: bool = True) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     folder = store.sub(step_name(step))
-    problems = []
-    for file in manifest["files"]:
+
+    def problem(file: dict[str, Any]) -> str | None:
         path = folder.join(file["path"])
         try:
             size = folder.size(file["path"])
+            if size != file["size"]:
+                return f"{path} has {size} bytes instead of {file['size']}"
+            if deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
+                return f"{path} is corrupt (crc32c differs)"
         except NotFound:
-            problems.append(f"{path} is missing")
-            continue
-        if size != file["size"]:
-            problems.append(f"{path} has {size} bytes instead of {file['size']}")
-        elif deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
-            problems.append(f"{path} is corrupt (crc32c differs)")
-    return problems
+            return f"{path} is missing"
+        return None
+
+    # Latency dominates a shallow look; a deep one holds whole files in memory.
+    with ThreadPoolExecutor(2 if deep else _THREADS) as pool:
+        return [found for found in pool.map(problem, manifest["files"]) if found]
 
 
 def latest(store: Store, *, before: int | None = None) -> int | None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+_RNG_BYTES = 16 << 10
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
 
 
@@ -24,8 +25,12 @@ def collect(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, scalars) of a module and its optimisers; tensors are the live ones (DTensors where sharded).
 
+    An optimiser with an attribute `named_state` (ZeRO, whose buffers have no names) is asked instead.
+
     All ranks must call it.
     """
+    if (own := _named_state(optimizers)) is not None:
+        return own.collect(module)
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     flat: dict[str, Any] = {MODEL + name: value for name, value in get_model_state_dict(module).items()}
@@ -47,12 +52,19 @@ def restore(
     scalars: dict[str, Any],
 ) -> None:
     """Puts back what `collect` gave, after `tensors` were filled from storage. All ranks must call it."""
+    if (own := _named_state(optimizers)) is not None:
+        own.restore(module, scalars)
+        return
     flat: dict[str, Any] = {**tensors, **{k: tuple(v) if isinstance(v, list) else v for k, v in scalars.items()}}
     set_model_state_dict(module, {k.removeprefix(MODEL): v for k, v in flat.items() if k.startswith(MODEL)})
     for index, optimizer in enumerate(optimizers):
         prefix = f"{OPTIMIZER}{index}."
         state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
         set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
+
+
+def _named_state(optimizers: list[torch.optim.Optimizer]) -> Any:
+    return getattr(optimizers[0], "named_state", None) if optimizers else None
 
 
 def rng_state(device: torch.device) -> torch.Tensor:
@@ -65,7 +77,9 @@ def rng_state(device: torch.device) -> torch.Tensor:
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
-    return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    packed = json.dumps(state).encode()
+    packed += b" " * (-len(packed) % _RNG_BYTES)  # of one size, so that the plan of a save holds for the next
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
 
 def set_rng_state(packed: torch.Tensor, device: torch.device) -> None:

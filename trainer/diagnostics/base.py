@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ class Diagnostic:
     `collect` returns scalars on the device, never read by the host here. They are averaged over ranks, those whose name
     begins with `max_` reduced by maximum. The names must be the same on all ranks.
     """
+
+    reads_parameters: ClassVar[bool] = False  # or their gradients, as whole tensors or DTensors
 
     def check(self, task: Any) -> None:
         """Raises ValueError, before training starts, if this task or its network cannot be measured."""

@@ -14,6 +14,8 @@ class Gradients(Diagnostic):
     Under data parallelism it is the norm of the averaged gradient, whatever the sharding.
     """
 
+    reads_parameters = True
+
     def __init__(self) -> None:
         self._groups: ParameterGroups | None = None
         self._found: dict[str, Tensor] = {}

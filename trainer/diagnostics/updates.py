@@ -14,6 +14,8 @@ class Updates(Diagnostic):
     Holds a copy of this rank's shard of the weights from the last backward to the end of the step.
     """
 
+    reads_parameters = True
+
     def __init__(self) -> None:
         self._groups: ParameterGroups | None = None
         self._before: list[Tensor] = []

@@ -7,9 +7,13 @@ from modules import registry
 OPTIMIZERS = {
     "adamw": "trainer.optim.torch_optim:AdamW",
     "sgd": "trainer.optim.torch_optim:SGD",
+    "muon": "trainer.optim.muon:Muon",
 }
 
 
 def lookup(name: str) -> tuple[type, Any]:
-    """Config dataclass and builder (`builder(config, param_groups) -> Optimizer`) of an optimiser."""
+    """Config dataclass and builder (`builder(config, param_groups) -> Optimizer`) of an optimiser.
+
+    Each group has its parameters' `role` beside what torch knows; an optimiser reads it or leaves it out.
+    """
     return registry.resolve(OPTIMIZERS, "optim", name)

@@ -33,7 +33,7 @@ class AdamW:
     def __new__(cls, config: AdamWConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:  # type: ignore[misc]
         b1, b2 = config.betas
         return torch.optim.AdamW(
-            list(groups), lr=config.lr, betas=(b1, b2), eps=config.eps, weight_decay=config.weight_decay, foreach=True
+            _plain(groups), lr=config.lr, betas=(b1, b2), eps=config.eps, weight_decay=config.weight_decay, foreach=True
         )
 
 
@@ -61,13 +61,17 @@ class SGD:
 
     def __new__(cls, config: SGDConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:  # type: ignore[misc]
         return torch.optim.SGD(
-            list(groups),
+            _plain(groups),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
             foreach=True,
         )
+
+
+def _plain(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "role"} for group in groups]
 
 
 def _positive(key: str, value: float) -> None:

@@ -35,6 +35,11 @@ def groups(
     for name, parameter in parameters.items():
         by_rule.setdefault(rules[name], []).append(parameter)
     return [
-        {"params": members, "lr": lr * rule.lr_scale, "weight_decay": weight_decay * rule.decay_scale}
+        {
+            "params": members,
+            "lr": lr * rule.lr_scale,
+            "weight_decay": weight_decay * rule.decay_scale,
+            "role": rule.role,
+        }
         for rule, members in by_rule.items()
     ]

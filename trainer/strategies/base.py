@@ -2,13 +2,20 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 from trainer.checkpoint import Checkpointer, CorruptCheckpoint, step_name
+from trainer.distributed import world_size
+from trainer.schema import TrainConfig
+from trainer.strategies import blocks
+from trainer.strategies.mesh import Layout
+
+# What compilation and activation checkpointing add to names; a checkpoint has the plain ones.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 log = logging.getLogger("keel.checkpoint")
 
@@ -23,8 +30,48 @@ class Checkpointed(ParallelStrategy):
     checkpointer: Checkpointer
     on_loaded: Callable[[int], None] = staticmethod(lambda step: None)  # told which step was really loaded
 
+    train_config: TrainConfig = TrainConfig()  # set by `strategies.build`
+    defers_initialisation: ClassVar[bool] = False  # whether `prepare` takes networks of `deferred.record`
+
+    @classmethod
+    def check(cls, config: Any, network: nn.Module) -> None:
+        """Raises ValueError if this strategy, so configured, cannot run `network` (which may be on the meta device)."""
+
+    @classmethod
+    def check_run(cls, config: Any) -> None:
+        """Raises ValueError if this strategy cannot work with the other sections of a `RunConfig`."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which ranks read different samples."""
+        return Layout(world_size())
+
+    @property
+    def device_type(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.root_device.type
+
     def prepare(self, network: nn.Module) -> None:
         """Makes `network` distributed in place; called once, on the unsharded network."""
+        train = self.train_config
+        blocks.apply(network, compiled=train.compile, activation_checkpointing=train.activation_checkpointing)
+
+    def masters(self) -> list[torch.Tensor]:
+        """What the optimiser moves on this rank: the trained parameters, or buffers that hold parts of several."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def named(self, values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors like `masters()`, in that order, by the names that the module's parameters have in a checkpoint."""
+        assert self.lightning_module is not None
+        by_master = {id(master): value for master, value in zip(self.masters(), values, strict=True)}
+        return {
+            name: by_master[id(parameter)]
+            for name, parameter in plain_names(self.lightning_module).items()
+            if id(parameter) in by_master
+        }
+
+    def weights_changed(self) -> None:
+        """To be called on all ranks after `masters()` were changed in place outside of a step."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -80,6 +127,16 @@ class Checkpointed(ParallelStrategy):
         self.on_loaded(step)
         _fit_counters(extra["loops"]["fit_loop"], step, self.lightning_module.trainer.accumulate_grad_batches)
         return {**extra, "state_dict": {}, "optimizer_states": []}
+
+
+def plain_names(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name, also shared ones under each of theirs, without what wrappers add to names."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        found[name] = parameter
+    return found
 
 
 def _without_loader_state(fit_loop: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from datetime import timedelta
 from typing import ClassVar
 
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 
 from trainer.checkpoint import Checkpointer
+from trainer.strategies import precision as precisions
 from trainer.strategies.base import Checkpointed
 
 
@@ -34,6 +36,10 @@ class DDP(Checkpointed, DDPStrategy):
             gradient_as_bucket_view=True,
         )
         self.checkpointer = checkpointer
+
+    def prepare(self, network: nn.Module) -> None:
+        precisions.cast_weights(network, self.train_config.precision)
+        super().prepare(network)
 
     def configure_ddp(self) -> None:
         if self.world_size > 1:  # a lone process has nobody to share gradients with: no wrapper, no copies

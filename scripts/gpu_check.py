@@ -1,0 +1,207 @@
+"""What this machine's CUDA GPU does with Keel: one table, offline, in some minutes.
+
+Every strategy on one GPU, every precision, compilation and recomputation on a small transformer; then the speed of a
+350M transformer and of an FNO. Each row is a real run of Keel in a process of its own; its peak memory stands beside
+what `keel dryrun` plans for it, and its MFU refers to the peak of the device's data sheet.
+
+    make gpu-check              (or: python scripts/gpu_check.py [--only WORD] [--markdown docs/results/gpu.md])
+
+exit code: 0 all runs ended well, 1 some did not, 2 there is no CUDA GPU.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts/bench")]
+
+import torch
+
+SMALL = {"model.width": 512, "model.depth": 8, "model.heads": 8, "train.global_batch": 16}
+LARGE = {
+    "model.width": 1024,
+    "model.depth": 24,
+    "model.heads": 16,
+    "model.vocab_size": 32768,
+    "task.vocab_size": 32768,
+    "model.max_seq_len": 1024,
+    "task.seq_len": 1024,
+    "train.global_batch": 16,
+    "train.precision": "bf16-mixed",
+}
+FNO = {"model.width": 128, "model.modes": "[32,32]", "train.global_batch": 16}
+TINY = {"model.width": 16, "model.depth": 2, "train.global_batch": 2, "train.max_steps": 3}
+
+# Name -> (kind, overrides).
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("transformer", SMALL),
+    "fsdp": ("transformer", {**SMALL, "strategy.name": "fsdp"}),
+    "deepspeed stage 2": ("transformer", {**SMALL, "strategy.name": "deepspeed", "strategy.stage": 2}),
+    "deepspeed stage 3, offload": (
+        "transformer",
+        {
+            **SMALL,
+            "strategy.name": "deepspeed",
+            "strategy.stage": 3,
+            "strategy.offload_optimizer": True,
+            "strategy.offload_parameters": True,
+        },
+    ),
+    "fsdp, bf16-mixed": ("transformer", {**SMALL, "strategy.name": "fsdp", "train.precision": "bf16-mixed"}),
+    "fsdp, bf16-true": ("transformer", {**SMALL, "strategy.name": "fsdp", "train.precision": "bf16-true"}),
+    "fsdp, 16-mixed": ("transformer", {**SMALL, "strategy.name": "fsdp", "train.precision": "16-mixed"}),
+    "fsdp, blocks recomputed": (
+        "transformer",
+        {**SMALL, "strategy.name": "fsdp", "train.activation_checkpointing": "block"},
+    ),
+    "fsdp, bf16-mixed, compiled": (
+        "transformer",
+        {**SMALL, "strategy.name": "fsdp", "train.precision": "bf16-mixed", "train.compile": True},
+    ),
+    "350M transformer, bf16-mixed": ("transformer", {**LARGE, "strategy.name": "fsdp"}),
+    "350M transformer, bf16-mixed, compiled": (
+        "transformer",
+        {**LARGE, "strategy.name": "fsdp", "train.compile": True},
+    ),
+    "fno 64x64": ("fno", FNO),
+    "fno 64x64, bf16-mixed": ("fno", {**FNO, "train.precision": "bf16-mixed"}),
+}
+STEPS = 30
+TIMEOUT_SECONDS = 600
+
+
+def load(name: str, data: str, url: str, tiny: bool) -> Any:
+    """The resolved config of a case."""
+    from overhead import config
+
+    from trainer import config as configs
+
+    kind, overrides = CASES[name]
+    raw = config(kind, "ddp", data, STEPS) | {"url": url, "diagnostics": {}, "name": name}
+    raw["resources"] = {"accelerator": "cpu" if tiny else "cuda"}
+    changes = {**overrides, **TINY} if tiny else overrides
+    if tiny:
+        changes = {key: value for key, value in changes.items() if key not in ("model.heads", "model.modes")}
+    return configs.load(raw, [f"{key}={value}" for key, value in changes.items()])
+
+
+def child(url: str) -> dict[str, Any]:
+    """Trains the run at `url` in this process."""
+    import lightning.pytorch as pl
+
+    from trainer import config as configs
+    from trainer import run
+
+    class Steady(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 and torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+
+    assemble = run.assemble
+
+    def with_mark(parts: Any) -> Any:
+        watch = assemble(parts)
+        watch.callbacks.insert(0, Steady())
+        return watch
+
+    run.assemble = with_mark
+    record = run.fit(configs.load(f"{url}/config.yaml"))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return {"throughput": record["throughput"], "status": record["status"], "loss": record["loss"], "peak": peak}
+
+
+def run_case(name: str, data: str, url: str, tiny: bool) -> dict[str, Any]:
+    """Plan and real run of a case; `error` says in a line why there is none."""
+    from trainer.lifecycle import prepare_new
+    from trainer.planning.simulate import trace
+
+    found: dict[str, Any] = {"name": name}
+    try:
+        config = load(name, data, url, tiny)
+        found["planned"] = trace(config, accelerator=not tiny).peak
+        prepare_new(config)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", url],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            return found | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return found | json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return found | {"error": " ".join(str(error).split())}
+
+
+def line(found: dict[str, Any]) -> list[Any]:
+    """The row of the table."""
+    if "error" in found:
+        return [found["name"], found["error"][:60], *["-"] * 6]
+    speed, peak, planned = found["throughput"], found["peak"], found["planned"]
+    rate = (
+        f"{speed['tokens_per_s']:,.4g} tokens" if "tokens_per_s" in speed else f"{speed['samples_per_s']:,.4g} samples"
+    )
+    mfu = f"{speed['mfu']:.1%}" if "mfu" in speed else "-"
+    measured, ratio = (f"{peak / 2**30:.3g}", f"{planned / peak:.3f}") if peak else ("-", "-")
+    return [
+        found["name"],
+        found["status"],
+        1e3 / speed["steps_per_s"],
+        rate,
+        mfu,
+        measured,
+        f"{planned / 2**30:.3g}",
+        ratio,
+    ]
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(sys.argv[2])))
+        return 0
+    from _table import parser, save, show
+
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", metavar="WORD", default="", help="only the runs whose name holds this")
+    arguments.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # on the CPU: checks this script
+    options = arguments.parse_args()
+    if not torch.cuda.is_available() and not options.tiny:
+        print("gpu-check: there is no CUDA GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
+        return 2
+    from overhead import fields, text
+
+    from trainer.quiet import quiet
+
+    quiet()
+    os.environ.setdefault("OMP_NUM_THREADS", "4")
+    names = [name for name in CASES if options.only in name]
+    if importlib.util.find_spec("deepspeed") is None:
+        names = [name for name in names if not name.startswith("deepspeed")]
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"fno": fields(f"{folder}/fields"), "transformer": text(f"{folder}/text")}
+        rows = [
+            run_case(name, data[CASES[name][0]], f"{folder}/{number}", options.tiny)
+            for number, name in enumerate(names)
+        ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    sources = [row["throughput"]["peak_source"] for row in rows if "peak_source" in row.get("throughput", {})]
+    show(
+        f"Keel on one {device}",
+        ["run", "status", "ms per step", "per second", "MFU", "peak GiB", "planned GiB", "ratio"],
+        [line(row) for row in rows],
+        f"{STEPS} steps each; MFU of: {', '.join(dict.fromkeys(sources)) or 'no known peak'}; aim of the ratio: 0.9 to 1.1",
+    )
+    save(options, {row["name"]: row for row in rows})
+    return 0 if all(row.get("status") == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
