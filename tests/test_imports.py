@@ -5,7 +5,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ["deepspeed", "ray", "s3fs", "boto3", "tokenizers", "h5py", "h5netcdf", "xarray", "zarr", "dysts", "obstore"]
+OPTIONAL = [
+    "deepspeed",
+    "ray",
+    "s3fs",
+    "boto3",
+    "tokenizers",
+    "h5py",
+    "h5netcdf",
+    "xarray",
+    "zarr",
+    "dysts",
+    "obstore",
+    "pyarrow",
+]
 SCRIPT = f"""
 import importlib, pkgutil, sys
 for name in {OPTIONAL}:

@@ -72,6 +72,13 @@ def check(config: RunConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
+def measure(config: RunConfig) -> tuple[int, int]:
+    """(parameters, tokens per sample; 1 where samples are no token sequences) of a config, without data or memory."""
+    with torch.device("meta"):
+        task = _task(config)
+    return sum(p.numel() for p in task.network.parameters()), max(1, task.tokens_per_sample())
+
+
 def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
     _, network_class = model_registry.lookup("model", config.model.name)
     _, task_class = model_registry.lookup("task", config.task.name)

@@ -42,7 +42,7 @@ def render(view: RunView) -> str:
     """The whole page; sections without content are left out."""
     sections = [
         ("results", "Results", _results(view)),
-        ("loss", "Loss", _figure(plots.loss_curve(view), _loss_caption(view))),
+        ("loss", "Loss", figure(plots.loss_curve(view), _loss_caption(view))),
         ("evaluation", "Evaluation", _evaluation(view)),
         ("throughput", "Throughput and schedule", _multiples(view, _SPEED)),
         ("diagnostics", "Diagnostics", _multiples(view, ("diag/",))),
@@ -50,22 +50,34 @@ def render(view: RunView) -> str:
         ("metrics", "Other series", _multiples(view, None)),
         ("attempts", "Attempts", _attempts(view)),
         ("events", "Events", _events(view)),
-        ("config", "Config", _pre(view.config_text)),
+        ("config", "Config", pre(view.config_text)),
         ("environment", "Environment", _environment(view)),
-        ("record", "Record", _pre(json.dumps(view.record, indent=2)) if view.record else ""),
+        ("record", "Record", pre(json.dumps(view.record, indent=2)) if view.record else ""),
     ]
-    shown = [(key, title, body) for key, title, body in sections if body]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
-    body = "".join(f'<section id="{key}"><h2>{title}</h2>{text}</section>' for key, title, text in shown)
+    badge = f' <span class="badge {_STATUS.get(view.status, "warn")}">{escape(view.status)}</span>'
+    return document(view.name, badge, view.url, headline(view), sections, "keel report")
+
+
+def document(
+    title: str,
+    badge: str,
+    address: str,
+    headlines: Sequence[tuple[str, str]],
+    sections: Sequence[tuple[str, str, str]],
+    maker: str,
+) -> str:
+    """A page of sections (id, title, HTML); those without content are left out. `badge` is HTML, the rest text."""
+    shown = [(key, name, body) for key, name, body in sections if body]
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in shown)
+    body = "".join(f'<section id="{key}"><h2>{name}</h2>{text}</section>' for key, name, text in shown)
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    status = escape(view.status)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(view.name)} - Keel</title><style>{CSS}</style></head><body>"
-        f'<header><h1>{escape(view.name)} <span class="badge {_STATUS.get(view.status, "warn")}">{status}</span></h1>'
-        f'<p class="url">{escape(view.url)}</p>{_cards(view)}<nav>{links}</nav></header>'
-        f"<main>{body}</main><footer>keel report, {made}</footer></body></html>"
+        f"<title>{escape(title)} - Keel</title><style>{CSS}</style></head><body>"
+        f"<header><h1>{escape(title)}{badge}</h1>"
+        f'<p class="url">{escape(address)}</p>{cards(headlines)}<nav>{links}</nav></header>'
+        f"<main>{body}</main><footer>{maker}, {made}</footer></body></html>"
     )
 
 
@@ -92,18 +104,19 @@ def headline(view: RunView) -> list[tuple[str, str]]:
     return cards
 
 
-def _cards(view: RunView) -> str:
-    cards = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in headline(view)
+def cards(headlines: Sequence[tuple[str, str]]) -> str:
+    """The few numbers that a reader looks for first."""
+    found = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in headlines
     )
-    return f'<div class="cards">{cards}</div>' if cards else ""
+    return f'<div class="cards">{found}</div>' if found else ""
 
 
 def _results(view: RunView) -> str:
     outcome = flatten(view.record or {})
     tables = (
-        _table(["evaluation", ""], [[key, number(v)] for key, v in _scalars(view.measured).items()], figures=True),
-        _table(
+        table(["evaluation", ""], [[key, number(v)] for key, v in _scalars(view.measured).items()], figures=True),
+        table(
             ["run", ""], [[key, number(outcome[key])] for key in _OUTCOME if outcome.get(key) is not None], figures=True
         ),
     )
@@ -111,8 +124,8 @@ def _results(view: RunView) -> str:
 
 
 def _evaluation(view: RunView) -> str:
-    errors = _figure(plots.rollout_error(curves(view.measured)), "Error of a rollout against its lead time.")
-    example = _figure(plots.fields(view.arrays), "One held-out trajectory: truth, prediction and their difference.")
+    errors = figure(plots.rollout_error(curves(view.measured)), "Error of a rollout against its lead time.")
+    example = figure(plots.fields(view.arrays), "One held-out trajectory: truth, prediction and their difference.")
     return errors + example
 
 
@@ -151,7 +164,7 @@ def _attempts(view: RunView) -> str:
                 str(attempt.get("resumed_from") or "start"),
             ]
         )
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _events(view: RunView) -> str:
@@ -160,14 +173,14 @@ def _events(view: RunView) -> str:
         rest = {key: value for key, value in event.items() if key not in ("step", "event", "attempt", "time")}
         details = ", ".join(f"{key}={number(value)}" for key, value in rest.items())
         rows.append([str(event["step"]), str(event["event"]), details])
-    return _table(["step", "event", "details"], rows)
+    return table(["step", "event", "details"], rows)
 
 
 def _environment(view: RunView) -> str:
     if not view.attempts:
         return ""
     values = _scalars(view.attempts[-1])
-    return _table(["of the last attempt", ""], [[key, str(value)] for key, value in values.items() if key != "time"])
+    return table(["of the last attempt", ""], [[key, str(value)] for key, value in values.items() if key != "time"])
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,15 +188,18 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(values).items() if "@" not in key}
 
 
-def _figure(picture: str, caption: str) -> str:
+def figure(picture: str, caption: str) -> str:
+    """A picture with its caption; nothing without a picture."""
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" if picture else ""
 
 
-def _pre(text: str) -> str:
+def pre(text: str) -> str:
+    """Text as it is, folded."""
     return f"<details open><summary>show</summary><pre>{escape(text)}</pre></details>" if text.strip() else ""
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = False) -> str:
+    """A table of text; `figures`: the last column holds numbers."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)

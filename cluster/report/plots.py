@@ -55,7 +55,7 @@ def loss_curve(view: RunView) -> str:
     val = finite(view.series(validation)) if validation else ([], [])
     if not steps and not val[0]:
         return ""
-    with _figure("loss", 8.6, 3.4) as (figure, svg):
+    with drawing("loss", 8.6, 3.4) as (figure, svg):
         ax = figure.subplots()
         if steps:
             ax.plot(*thin((steps, losses)), color=PALETTE[0], alpha=0.3, linewidth=0.8)
@@ -78,7 +78,7 @@ def small_multiples(view: RunView, families: Mapping[str, Sequence[str]]) -> lis
         drawn = {key: series for key, series in drawn.items() if any(series[1])}
         if not drawn:  # nothing logged, or nothing but zeros
             continue
-        with _figure(family, 3.5, 2.1) as (figure, svg):
+        with drawing(family, 3.5, 2.1) as (figure, svg):
             ax = figure.subplots()
             _draw_family(ax, drawn)
             _mark_resumes(ax, view, text=False)
@@ -92,7 +92,7 @@ def rollout_error(curves: Mapping[str, Series]) -> str:
     drawn = {name: series for name, series in drawn.items() if series[0]}
     if not drawn:
         return ""
-    with _figure("rollout", 8.6, 3.0) as (figure, svg):
+    with drawing("rollout", 8.6, 3.0) as (figure, svg):
         ax = figure.subplots()
         for name, (lead, values) in drawn.items():
             reference = "persistence" in name
@@ -157,7 +157,7 @@ def _images(named: Mapping[str, np.ndarray], leads: Sequence[int]) -> str:
 
 
 def _lines(truth: np.ndarray, prediction: np.ndarray, leads: Sequence[int]) -> str:
-    with _figure("lines", 8.6, 2.4) as (figure, svg):
+    with drawing("lines", 8.6, 2.4) as (figure, svg):
         for ax, lead in zip(figure.subplots(1, len(leads), sharey=True, squeeze=False)[0], leads, strict=True):
             ax.plot(truth[lead], color=GREY, linestyle="--", label="truth")
             ax.plot(prediction[lead], color=PALETTE[0], label="prediction")
@@ -220,14 +220,14 @@ def _style(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _figure(name: str, width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure to draw on; its SVG is in the list once the block is left."""
+def drawing(name: str, width: float, height: float, whole: bool = True) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw on; its SVG is in the list once the block is left. `whole`: linear x axes count steps."""
     svg: list[str] = []
     with _style(name):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, svg
         for ax in figure.axes:
-            if ax.get_xscale() == "linear":
+            if whole and ax.get_xscale() == "linear":
                 ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

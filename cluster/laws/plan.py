@@ -1,0 +1,248 @@
+"""The next run: what to train for a budget, how sure that is, what it takes, and the prediction it will be held to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster.laws.allocation import Allocation, allocate, interval, regret, with_inference
+from cluster.laws.analysis import Analysis, loss_interval, plannable
+from cluster.laws.records import DataProblem
+
+# Defaults, each an option of `keel plan`: rate against horizon (arXiv:2409.19913) and batch (square root, as for Adam in
+# arXiv:2205.10287); batch against data (arXiv:2410.21676, with zero to arXiv:2503.04715's 0.571 as its interval).
+LR_HORIZON = -0.32
+LR_BATCH = 0.5
+BATCH_DATA = 0.47
+_BATCH_DATA_RANGE = (0.0, 0.571)
+_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+Interval = tuple[float, float]
+
+
+@dataclass
+class Plan:
+    """What to train.
+
+    Attributes:
+        budget: FLOPs. n, d, batch (samples), lr: the choice, each with `intervals`.
+        loss: (prediction, low, high) at n and d.
+        regret: factor k -> loss added by training k times the size for the same FLOPs.
+        hours, gpu_hours, cost: on the device asked for; None without one.
+        notes: where each number comes from, and what to doubt.
+    """
+
+    budget: float
+    n: float
+    d: float
+    batch: float | None
+    lr: float | None
+    loss: tuple[float, float, float]
+    intervals: dict[str, Interval]
+    regret: dict[str, float]
+    hours: float | None = None
+    gpu_hours: float | None = None
+    cost: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Asked:
+    """What the user asks: budget in FLOPs; samples or tokens to be served; the machine (name, how many, the part of its
+    peak that runs reach, price of an hour); exponents; batch and lr where they are given."""
+
+    budget: float
+    served: float = 0.0
+    device: str | None = None
+    gpus: int = 1
+    mfu: float = 0.4
+    price: float | None = None
+    lr_horizon: float = LR_HORIZON
+    lr_batch: float = LR_BATCH
+    batch_data: float = BATCH_DATA
+    batch: float | None = None
+    lr: float | None = None
+
+
+def plan(made: Analysis, asked: Asked) -> Plan:
+    """Chooses N, D, batch and rate for a budget.
+
+    Raises:
+        DataProblem: no law that has a compute-optimal point was fitted.
+        ValueError: an impossible budget or device.
+    """
+    found = next((item for item in made.fits.values() if plannable(item)), None)
+    if found is None:
+        raise DataProblem("a plan needs a fit of chinchilla or tied: runs with varied n and d; see `keel fit`")
+    best = allocate(found.values, asked.budget, made.per_pair)
+    notes = [f"N and D from {found.form} fitted to {len(found.loss)} runs"]
+    largest = float(np.max(made.per_pair * found.law.axes["n"] * found.law.axes["d"]))
+    if asked.budget > 100 * largest:
+        notes.append(f"the budget is {asked.budget / largest:.3g} times that of the largest run: a long extrapolation")
+    if asked.served > 0:
+        best = _served(made, found.values, asked, best, notes)
+    intervals = _intervals(made, found.form, asked, best)
+    chosen = Plan(
+        asked.budget,
+        best.n,
+        best.d,
+        None,
+        None,
+        loss_interval(made, best.n, best.d),
+        intervals,
+        {f"{k:g}": float(regret(found.values, asked.budget, k, made.per_pair)) for k in _FACTORS},
+        notes=notes,
+    )
+    _batch(made, asked, chosen)
+    _rate(made, asked, chosen)
+    _machine(asked, made.per_pair * best.n * best.d, chosen)
+    if made.spread is not None and made.spread.alarm:
+        notes.append(f"methods disagree: {made.spread.alarm}")
+    return chosen
+
+
+def at_size(made: Analysis, chosen: Plan, n: float, d: float) -> Plan:
+    """The plan for the sizes that a config really has."""
+    chosen.n, chosen.d = n, d
+    chosen.loss = loss_interval(made, n, d)
+    return chosen
+
+
+def _served(made: Analysis, values: dict[str, float], asked: Asked, best: Allocation, notes: list[str]) -> Allocation:
+    """The cheapest model over its life that is as good as the compute-optimal one of this budget."""
+    small = with_inference(values, best.loss, asked.served, made.per_pair)
+    training = made.per_pair * small.n * small.d
+    total = training + made.per_pair / 3 * small.n * asked.served
+    before = asked.budget + made.per_pair / 3 * best.n * asked.served
+    notes.append(
+        f"serving {asked.served:.3g}: a model of {small.n:.3g} trained with {training:.3g} FLOPs reaches the same loss "
+        f"{best.loss:.4g} and costs {total:.3g} over its life, {1 - total / before:.0%} less"
+    )
+    return small
+
+
+def _intervals(made: Analysis, form: str, asked: Asked, best: Allocation) -> dict[str, Interval]:
+    found = made.fits[form]
+    from cluster.laws.uncertainty import pairs
+
+    thetas = made.thetas if found is made.primary and made.thetas is not None else pairs(found, 500)
+    samples = allocate(found.law.natural(thetas), asked.budget, made.per_pair)
+    n, d = interval(np.asarray(samples.n)), interval(np.asarray(samples.d))
+    if asked.served > 0:  # the same relative uncertainty about the other optimum
+        point = allocate(found.values, asked.budget, made.per_pair)
+        n = (n[0] * best.n / point.n, n[1] * best.n / point.n)
+        d = (d[0] * best.d / point.d, d[1] * best.d / point.d)
+    if made.spread is not None and math.isclose(made.target, asked.budget, rel_tol=1e-6) and asked.served == 0:
+        n = (min(n[0], made.spread.union[0]), max(n[1], made.spread.union[1]))
+        pairs_at = asked.budget / made.per_pair
+        d = (min(d[0], pairs_at / n[1]), max(d[1], pairs_at / n[0]))
+    return {"n": n, "d": d}
+
+
+def _reference(made: Analysis, column: str) -> tuple[float, float] | None:
+    """(value of the column, data seen) of the best run at the largest data horizon that has it."""
+    runs = made.points
+    if column not in runs or "d" not in runs:
+        return None
+    good = np.isfinite(runs[column]) & np.isfinite(runs["loss"]) & np.isfinite(runs["d"])
+    if not good.any():
+        return None
+    rows = np.flatnonzero(good)
+    row = rows[np.argmin(runs["loss"][rows])]
+    return float(runs[column][row]), float(runs["d"][row])
+
+
+def _batch(made: Analysis, asked: Asked, chosen: Plan) -> None:
+    reference = _reference(made, "batch")
+    if asked.batch is not None:
+        chosen.batch = asked.batch
+        chosen.notes.append("batch as given")
+    elif reference is not None:
+        size, data = reference
+        growth = chosen.d / data
+        chosen.batch = size * growth**asked.batch_data
+        ends = [size * growth**power for power in _BATCH_DATA_RANGE]
+        chosen.intervals["batch"] = (min(ends), max(ends))
+        chosen.notes.append(
+            f"batch = {size:g} (D/{data:.3g})^{asked.batch_data:g}; its interval spans published exponents"
+        )
+    else:
+        chosen.notes.append("the records have no batch: it is left as in the config")
+
+
+def _rate(made: Analysis, asked: Asked, chosen: Plan) -> None:
+    law = made.transfers.get("n")
+    reference = _reference(made, "lr")
+    if asked.lr is not None:
+        chosen.lr = asked.lr
+        chosen.notes.append("learning rate as given")
+    elif law is not None and law.line is not None and math.isfinite(law.line.low):
+        line = law.line
+        middle = float(np.mean([math.log(cell.size) for cell in law.cells if not cell.edge]))
+        chosen.lr = line.at(chosen.n)
+        centre = math.log(line.at(math.exp(middle)))
+        ends = [math.exp(centre + slope * (math.log(chosen.n) - middle)) for slope in (line.low, line.high)]
+        chosen.intervals["lr"] = (min(ends), max(ends))
+        chosen.notes.append(
+            f"learning rate = {line.coefficient:.3g} N^{line.exponent:.3g}, fitted to {line.points} sizes"
+        )
+    elif reference is not None:
+        rate, data = reference
+        before = _reference(made, "batch")
+        batch = 1.0 if before is None or chosen.batch is None else (chosen.batch / before[0]) ** asked.lr_batch
+        horizon = (chosen.d / data) ** asked.lr_horizon
+        chosen.lr = rate * horizon * batch
+        ends = [rate, rate * horizon, rate * batch, rate * horizon * batch]
+        chosen.intervals["lr"] = (min(ends), max(ends))
+        chosen.notes.append(
+            f"learning rate = {rate:.3g} (D/{data:.3g})^{asked.lr_horizon:g} (B/B0)^{asked.lr_batch:g}: defaults, not "
+            "fitted; sweep rates at three sizes or more to replace them"
+        )
+    else:
+        chosen.notes.append("the records have no learning rate: it is left as in the config")
+
+
+def _machine(asked: Asked, flops: float, chosen: Plan) -> None:
+    if asked.device is None:
+        return
+    from trainer.flops import device_peak
+
+    peak = device_peak(asked.device, "bf16-mixed")
+    if peak is None:
+        raise ValueError(f"--device {asked.device}: no such device is known; try h100, h200, b200, a100, l40s, mi300x")
+    if not 0 < asked.mfu <= 1 or asked.gpus < 1:
+        raise ValueError(f"--mfu {asked.mfu:g} must lie in (0, 1], --gpus {asked.gpus} must be at least 1")
+    chosen.gpu_hours = flops / (peak * asked.mfu) / 3600
+    chosen.hours = chosen.gpu_hours / asked.gpus
+    chosen.cost = None if asked.price is None else chosen.gpu_hours * asked.price
+    chosen.notes.append(f"time assumes {asked.mfu:.0%} of {peak / 1e12:.0f} TFLOP/s (16 bit) on {asked.gpus} devices")
+
+
+def registration(made: Analysis, chosen: Plan, about: dict[str, Any]) -> dict[str, Any]:
+    """The pre-registered prediction as plain containers; `about` says of which config, from which source."""
+    from cluster.laws.summary import plain
+
+    value, low, high = chosen.loss
+    found: dict[str, Any] = plain(
+        {
+            "kind": "keel prediction",
+            **about,
+            "budget": chosen.budget,
+            "flops_per_pair": made.per_pair,
+            "n": chosen.n,
+            "d": chosen.d,
+            "batch": chosen.batch,
+            "lr": chosen.lr,
+            "intervals": chosen.intervals,
+            "loss": {"value": value, "low": low, "high": high, "level": 0.95},
+            "regret": chosen.regret,
+            "gpu_hours": chosen.gpu_hours,
+            "laws": {name: item.values for name, item in made.fits.items()},
+            "notes": chosen.notes,
+            "warnings": made.warnings,
+        }
+    )
+    return found
