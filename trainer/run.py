@@ -159,7 +159,7 @@ def _fit(
         stalled=throughput.stalled,
     )
     # The order is a contract, see trainer.callbacks: position and rows of a step come before its checkpoint.
-    callbacks: list[pl.Callback] = [StreamPosition(config.train.global_batch)]
+    callbacks: list[pl.Callback] = [StreamPosition()]
     if config.diagnostics.every:
         callbacks.append(DiagnosticsLog(config.diagnostics.names, config.diagnostics.every, metrics))
     callbacks += [metrics, divergence, preemption, saver]
