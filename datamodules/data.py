@@ -6,6 +6,7 @@ from typing import Any
 
 from datamodules.format import Array, DataError
 from datamodules.module import StreamConfig, StreamingDataModule, at_least
+from datamodules.stream.normalisation import statistics_of
 from datamodules.stream.splits import Split, per_trajectory
 from datamodules.stream.windows import FieldWindows, TokenWindows, Windows
 
@@ -87,6 +88,7 @@ class FieldsData(StreamingDataModule):
 
     config_class = FieldsConfig
     kind = "fields"
+    _statistics: dict[str, list[float]] | None = None
 
     def array(self) -> Array:
         name = self.config.variable
@@ -101,7 +103,7 @@ class FieldsData(StreamingDataModule):
 
     def windows(self, config: Any, split: Split) -> Windows:
         array = self.array()
-        extras = {name: per_trajectory(self.dataset, name, array.shape[0], whole=True) for name in config.parameters}
+        extras = {name: per_trajectory(self.dataset, array, name, whole=True) for name in config.parameters}
         return FieldWindows(
             array,
             split.first,
@@ -132,18 +134,33 @@ class FieldsData(StreamingDataModule):
         return super().evaluated(split, overrides)
 
     def spec(self) -> dict[str, Any]:
-        """Adds ``channels`` (names), ``space``, ``mean`` and ``std`` (per channel, train split), ``dt`` and ``frames``."""
-        attributes = self.dataset.attributes
-        statistics = attributes.get("statistics", {})
+        """Adds ``channels`` (names), ``space``, ``mean`` and ``std`` (per channel, of ``train``), ``dt`` and ``frames``."""
+        attributes, array = self.dataset.attributes, self.array()
+        if self._statistics is None:
+            cache = self.config.cache if self.config.cache_bytes else None
+            self._statistics = statistics_of(self.dataset, array, self.split(self.config.train), cache)
         return {
             **super().spec(),
-            "channels": list(attributes["channels"]),
-            "space": list(self.array().frame_shape[1:]),
-            "mean": list(statistics["mean"]),
-            "std": list(statistics["std"]),
+            "channels": self._channels(array),
+            "space": list(array.frame_shape[1:]),
+            "mean": list(self._statistics["mean"]),
+            "std": list(self._statistics["std"]),
             "dt": attributes.get("dt") and attributes["dt"] * self.config.dt_stride,
             "frames": self.config.frames,
         }
+
+    def _channels(self, array: Array) -> list[str]:
+        """Names of the channels: the array's own, those of the data set, or numbers for another array than its main one."""
+        count = array.frame_shape[0]
+        names = array.attributes.get("channels") or self.dataset.attributes.get("channels")
+        if names and len(names) == count:
+            return list(names)
+        if array is not self.dataset.main:
+            return [f"{array.name}_{i}" for i in range(count)]
+        raise DataError(
+            f"{self.config.url}: the attribute channels names {len(names or ())} channels, but {array.name} has {count}; "
+            f"make or import the data set again"
+        )
 
 
 class TextData(StreamingDataModule):

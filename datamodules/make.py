@@ -117,19 +117,28 @@ def _write(writer: Writer, generator: Generator, name: str, k: int) -> dict[str,
     return writer.write_shard(name, k, generator.values(name, k), tuple(train) if train else None)
 
 
+def bundles(writer: Writer) -> list[list[tuple[str, int]]]:
+    """All shards, those of the same trajectories together: what one process found out for one array serves the others."""
+    found: dict[tuple[int, int, int], list[tuple[str, int]]] = {}
+    for name, k in writer.shards():
+        spec = writer.specs[name]
+        found.setdefault((spec.shape[0], spec.shard_length, k), []).append((name, k))
+    return list(found.values())
+
+
 _worker: tuple[Writer, Generator] | None = None
 
 
-def _start_worker(config: MakeConfig) -> None:
+def _start_worker(writer: Writer, generator: Generator) -> None:
     global _worker
     if sys.platform == "linux":  # no orphans when the parent is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    _worker = _writer(config)[:2]
+    _worker = writer, generator
 
 
-def _work(job: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:
+def _work(jobs: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
     assert _worker is not None
-    return job, _write(*_worker, *job)
+    return {job: _write(*_worker, *job) for job in jobs}
 
 
 def make(config: MakeConfig, progress: Progress | None = None) -> str:
@@ -161,13 +170,13 @@ def make(config: MakeConfig, progress: Progress | None = None) -> str:
     else:
         # Spawned, not forked: torch's threads and store clients do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
-            futures = [pool.submit(_work, job) for job in jobs]
+        with ProcessPoolExecutor(config.workers, context, _start_worker, (writer, generator)) as pool:
+            futures = [pool.submit(_work, some) for some in bundles(writer)]
             try:
                 for future in as_completed(futures):
-                    job, record = future.result()
-                    records[job] = record
-                    report(len(records), len(jobs))
+                    for job, record in future.result().items():
+                        records[job] = record
+                        report(len(records), len(jobs))
             except BrokenProcessPool as error:
                 raise DataError(
                     f"{config.url}: a worker process died (memory?); run again to continue, perhaps with fewer workers"

@@ -8,13 +8,15 @@ import dataclasses
 import difflib
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning
 from omegaconf import MISSING
 
 from datamodules.format import Array, DataError, Dataset
+from datamodules.position import StreamPosition
+from datamodules.store import Store
 from datamodules.stream import state as stream_state
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
@@ -35,17 +37,21 @@ class StreamConfig:
 
     Args:
         url: the data set, on any store.
+        store: options of that store, such as ``{deadline: 300, endpoint_url: "http://host:9000", anon: true}``; see
+            ``datamodules.store.Store``. They are saved with a run: leave secrets to the environment.
         train, validation, test: a split named in the data set, or a range ``start:stop`` of trajectories (tokens for text),
             with conditions on parameters and times if need be: ``train, viscosity>=1e-3, frames=0:40``; see
-            ``datamodules.stream.splits``.
+            ``datamodules.stream.splits``. Fields are normalised by the statistics of what ``train`` selects: those that the
+            data set has of its train split, else read when a run begins (of at most 256 MiB, evenly spaced).
         window_shards: shards among which samples are shuffled; each rank reads from that many at a time.
         val_samples: at most so many validation samples, evenly spaced over the split; 0 for all.
         cache: folder of the local cache of remote shards; empty for ``$KEEL_CACHE`` or ``~/.cache/keel``.
         cache_bytes: bound of that cache; 0 reads byte ranges from the store each time.
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
             the cache has room for those in use and an epoch uses at least half of their bytes.
-        verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process or ``always``;
-            what comes from a remote store is always verified.
+        verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
+            a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
+            tells a shard from an intact one of another data set. What comes from a remote store is always verified.
         read_ahead: micro-batches read ahead of the consumer; 0 reads in its own thread.
         read_ahead_bytes: bound on what they hold together.
         threads: threads that read ahead; 0 for 1 on local data (the consumer helps it) and 4 on remote.
@@ -53,6 +59,7 @@ class StreamConfig:
 
     not_hashed: ClassVar[tuple[str, ...]] = (
         "url",
+        "store",
         "val_samples",
         "cache",
         "cache_bytes",
@@ -64,6 +71,7 @@ class StreamConfig:
     )
 
     url: str = MISSING
+    store: dict[str, Any] = field(default_factory=dict)
     train: str = "train"
     validation: str = "validation"
     test: str = "test"
@@ -98,9 +106,10 @@ class StreamConfig:
 class StreamingDataModule(lightning.LightningDataModule):
     """Streams one data set to the ranks of one run.
 
-    Under a ``lightning.Trainer`` world size and rank are the trainer's; without one call ``configure`` (default: one rank).
-    The owner of the training loop calls ``advance`` after each optimiser step; ``state_dict`` then says where to go on, on
-    any world size. ``train_dataloader`` yields for ever: bound training by steps.
+    Under a ``lightning.Trainer`` world size and rank are the trainer's, and the position follows the optimiser's steps and is
+    part of each checkpoint. In a loop of one's own call ``configure`` (default: one rank), and ``advance`` after each
+    optimiser step; ``state_dict`` then says where to go on, on any world size. ``train_dataloader`` yields for ever: bound
+    training by steps. ``metrics.snapshot()`` counts what all loaders read, in worker processes too.
 
     Args:
         config: of the subclass's ``config_class``.
@@ -163,7 +172,7 @@ class StreamingDataModule(lightning.LightningDataModule):
     def dataset(self) -> Dataset:
         """The data set, opened on first use."""
         if self._dataset is None:
-            dataset = Dataset.open(self.config.url)
+            dataset = Dataset.open(Store(self.config.url, **self.config.store))
             kind = dataset.attributes.get("kind")
             if kind != self.kind:
                 raise DataError(
@@ -205,6 +214,13 @@ class StreamingDataModule(lightning.LightningDataModule):
         if self._world is None and self.trainer is not None:
             world, rank = self.trainer.world_size, self.trainer.global_rank
         return Share(self.global_batch, self.micro_batch, world, rank)
+
+    def setup(self, stage: str) -> None:
+        """Have a trainer that fits tell how far it is."""
+        if stage == "fit" and self.trainer is not None:
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, StreamPosition) for callback in callbacks):
+                callbacks.insert(0, StreamPosition())
 
     # Loaders.
 

@@ -74,6 +74,9 @@ class Bpe:
         self.separator, self.vocab_size, self._name = int(found), int(self._own.get_vocab_size()), separator
         self._own.encode_special_tokens = True  # a document that spells the separator does not end there
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bpe, (self._own.to_str(), self._name)
+
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int, separator: str) -> Bpe:
         """Byte-level BPE of `vocab_size` tokens (at least 257: the bytes and the separator), the same for the same text."""

@@ -107,9 +107,10 @@ TESTED = {
 
 HEAD = """# Simulators
 
-Every generator solves in float64 and writes float32 shards; trajectory i depends on the config and on seed + i alone. Make a
+Every generator solves in float64 and writes float32 shards; trajectory i depends on the config, the seed and i alone. Make a
 data set with `keel data make configs/data/<name>.yaml`; ranges such as `viscosity: [0.001, 0.1]` are drawn anew for each
-trajectory and stored in an array of that name. `device: cuda` solves on a GPU.
+trajectory and stored in an array of that name. `device: cuda` runs the same torch code on a GPU. The pictures and all figures
+here come from a CPU; of the solvers for other devices it is tested that they leave no tensor on the CPU.
 
 This page and its pictures are written by `python scripts/plot_simulators.py`.
 """

@@ -149,7 +149,7 @@ def assemble(parts: Parts) -> Watch:
 
     callbacks = watch.callbacks
     callbacks.append(watchdog)
-    callbacks.append(StreamPosition(config.train.global_batch))
+    callbacks.append(StreamPosition())
     callbacks.append(SkipWindow(positions, parts.rollback))
     if config.diagnostics.every:
         callbacks.append(DiagnosticsLog(config.diagnostics.names, config.diagnostics.every, metrics))

@@ -42,6 +42,34 @@ def add_url(parser: argparse.ArgumentParser, help: str = "the run: a local path 
     parser.add_argument("url", metavar="URL", help=help)
 
 
+def add_store(parser: argparse.ArgumentParser, of: str = "the store") -> None:
+    """`-s key=value`, see `store_options`."""
+    parser.add_argument(
+        "-s",
+        "--store",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"an option of {of}, such as deadline=300, endpoint_url=http://host:9000 or anon=true; may be repeated",
+    )
+
+
+def store_options(words: Sequence[str], flag: str = "--store") -> dict[str, Any]:
+    """Options of a store from words such as `deadline=300` and `client_kwargs.verify=false`; values are read as YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for word in words:
+        if not all(word.partition("=")):
+            raise ValueError(f"{flag} {word}: must be of the form KEY=VALUE")
+    try:
+        found = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{flag} {' '.join(words)}: {' '.join(str(error).split())}") from error
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
 def open_run(url: str) -> Store:
     """The store of an existing run.
 
@@ -70,7 +98,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
         table.add_column(column, justify="right" if figures else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def number(value: object) -> str:

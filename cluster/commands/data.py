@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.commands import data_move
-from cluster.commands.common import add_command, add_overrides, number, print_table, size
+from cluster.commands.common import add_command, add_overrides, add_store, number, print_table, size, store_options
+
+LONGEST = 200  # characters of an attribute that are shown
 
 
 def register(commands: Any) -> None:
@@ -50,6 +52,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("url", metavar="URL", help="the data set: a local path or any fsspec URL")
     parser.add_argument("--shallow", action="store_true", help="existence and sizes only: nothing is read in full")
+    add_store(parser)
     parser = add_command(
         commands,
         "show",
@@ -58,7 +61,8 @@ def register(commands: Any) -> None:
         description=(
             "Prints arrays with shapes, types and sizes, channels with units and statistics, parameters, splits and attributes\n"
             "of the data set at URL, and its fingerprint. --png draws one trajectory: series of a system without space, an\n"
-            "x-t image in one dimension, frames in two, frames of the middle plane in three."
+            "x-t image in one dimension, frames in two, frames of the middle plane in three. Of text it draws how often tokens occur and\n"
+            "the first of them, and --png aside the beginning is printed."
         ),
         example=(
             "keel data show runs/data/navier_stokes_2d\n"
@@ -68,6 +72,7 @@ def register(commands: Any) -> None:
     parser.add_argument("url", metavar="URL", help="the data set: a local path or any fsspec URL")
     parser.add_argument("--png", metavar="FILE", help="also draw a trajectory to this file")
     parser.add_argument("--trajectory", type=int, default=0, metavar="N", help="the trajectory drawn (default: 0)")
+    add_store(parser)
     data_move.register(commands)
 
 
@@ -88,9 +93,11 @@ def make(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     from datamodules.format import Dataset, verify
+    from datamodules.store import Store
 
-    dataset = Dataset.open(args.url)
-    problems = verify(args.url, deep=not args.shallow)
+    store = Store(args.url, **store_options(args.store))
+    dataset = Dataset.open(store)
+    problems = verify(store, deep=not args.shallow)
     for problem in problems:
         print(problem)
     total = sum(info.size for info in dataset.objects.values())
@@ -101,8 +108,9 @@ def check(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     from datamodules.format import Dataset
+    from datamodules.store import Store
 
-    dataset = Dataset.open(args.url)
+    dataset = Dataset.open(Store(args.url, **store_options(args.store)))
     attributes = dataset.attributes
     total = sum(info.size for info in dataset.objects.values())
     print(f"{dataset.url}\nfingerprint {dataset.fingerprint}\n{len(dataset.objects)} objects, {size(total)}\n")
@@ -120,7 +128,9 @@ def show(args: argparse.Namespace) -> int:
     shown = {
         key: value for key, value in attributes.items() if key not in ("splits", "array", "channels", "statistics")
     }
-    print_table(["attribute", "value"], [[key, str(value)] for key, value in sorted(shown.items())])
+    print_table(["attribute", "value"], [[key, _text(value)] for key, value in sorted(shown.items())])
+    if dataset.kind == "text":
+        print_beginning(dataset)
     if args.png:
         from cluster.report.sample import draw_sample
 
@@ -145,8 +155,25 @@ def print_channels(attributes: dict[str, Any]) -> None:
         print_table(["parameter", "value"], [[str(key), _text(value)] for key, value in sorted(parameters.items())])
 
 
+def print_beginning(dataset: Any) -> None:
+    """The first tokens of a text as text; nothing if the data set names no tokenizer that is there."""
+    from datamodules.format import DataError
+    from datamodules.tokenizer import tokenizer_of
+
+    try:
+        tokenizer = tokenizer_of(dataset.attributes)
+    except DataError:
+        return
+    text = tokenizer.decode(dataset.main.read((), 0, min(LONGEST, dataset.main.shape[0])).tolist())
+    print(f"it begins: {' '.join(text.split())[:LONGEST]}")
+
+
 def _text(value: Any) -> str:
-    return number(value) if isinstance(value, bool | int | float) else str(value)
+    """A value in one line, cut where it is long."""
+    if isinstance(value, bool | int | float):
+        return number(value)
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text):,} characters)"
 
 
 def described(arrays: dict[str, Any]) -> list[tuple[str, Any]]:

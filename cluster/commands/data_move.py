@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cluster.commands.common import add_command, print_table, size
+from cluster.commands.common import add_command, add_store, print_table, size, store_options
 
 SPLITS = ("train", "validation", "test")
 
@@ -30,6 +30,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--tolerance", type=float, default=1e-6, metavar="X", help="difference allowed, in standard deviations (1e-6)"
     )
+    add_store(parser)
     parser = add_command(
         commands,
         "copy",
@@ -46,6 +47,14 @@ def register(commands: Any) -> None:
     parser.add_argument("target", metavar="DST", help="where it goes: an empty place on any store")
     parser.add_argument(
         "--threads", type=int, default=4, metavar="N", help="objects copied at a time, each held in memory (default: 4)"
+    )
+    add_store(parser, "both stores")
+    parser.add_argument(
+        "--target-store",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of DST alone, which has those of --store too; may be repeated",
     )
 
 
@@ -102,8 +111,9 @@ def _register_import(commands: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=UNIT",
-        help="unit of a channel or of time; may be repeated",
+        help="unit of a channel or of time, added to those of the files; may be repeated",
     )
+    add_store(parser, "all stores")
 
 
 def _pairs(words: list[str], flag: str) -> dict[str, str]:
@@ -137,6 +147,7 @@ def import_(args: argparse.Namespace) -> int:
         shard_bytes=int(args.shard_mib * 2**20),
         allow_nan=args.allow_nan,
         attributes=attributes,
+        store=store_options(args.store),
     )
     with progress_bar("import") as advance:
         url = import_data(config, advance)
@@ -146,8 +157,9 @@ def import_(args: argparse.Namespace) -> int:
 
 def stats(args: argparse.Namespace) -> int:
     from datamodules.format import Dataset, statistics
+    from datamodules.store import Store
 
-    dataset = Dataset.open(args.url)
+    dataset = Dataset.open(Store(args.url, **store_options(args.store)))
     name = args.array or str(dataset.attributes["array"])
     if name not in dataset.arrays:
         raise ValueError(f"{dataset.url}: has no array {name!r}; it has {', '.join(sorted(dataset.arrays))}")
@@ -181,10 +193,13 @@ def stats(args: argparse.Namespace) -> int:
 def copy(args: argparse.Namespace) -> int:
     from cluster.commands.data import progress_bar
     from datamodules.format import Dataset, copy_dataset
+    from datamodules.store import Store
 
+    both, own = store_options(args.store), store_options(args.target_store, "--target-store")
+    source, target = Store(args.source, **both), Store(args.target, **{**both, **own})
     with progress_bar("copy") as advance:
-        fingerprint = copy_dataset(args.source, args.target, args.threads, advance)
-    dataset = Dataset.open(args.target)
+        fingerprint = copy_dataset(source, target, args.threads, advance)
+    dataset = Dataset.open(target)
     total = sum(info.size for info in dataset.objects.values())
     print(f"{dataset.url}: {len(dataset.objects)} objects, {size(total)}, fingerprint {fingerprint}")
     return 0

@@ -1,4 +1,5 @@
-"""A picture of one trajectory of a data set: series, an x-t image or frames, after the number of its axes of space."""
+"""A picture of a data set. Of one trajectory: series, an x-t image or frames, after the number of its axes of space. Of text:
+how often tokens occur, and the first of them."""
 
 from __future__ import annotations
 
@@ -14,19 +15,27 @@ from datamodules.format import Dataset
 ROWS = 6  # channels drawn
 FRAMES = 6  # frames of a field
 TIMES = 512  # times of a series or of an x-t image
+TOKENS = 1 << 20  # tokens that are counted
+ROW, TEXT_ROWS = 128, 48  # tokens drawn
 STYLE: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.linewidth": 0.6, "image.origin": "lower"}
 
 
 def draw_sample(dataset: Dataset, trajectory: int = 0, title: str | None = None, dpi: int = 120) -> bytes:
-    """PNG of one trajectory of the main array: its first channels, the middle plane of a volume.
+    """PNG of one trajectory of the main array (its first channels, the middle plane of a volume), or of the first tokens.
 
     The title is by default URL and trajectory.
 
-    Raises ValueError for a data set without trajectories, or a trajectory that is not there.
+    Raises ValueError for a data set of neither kind, or a trajectory that is not there.
     """
     array = dataset.main
+    if array.dimensions == ("token",):
+        tokens = array.read((), 0, min(array.shape[0], TOKENS))
+        with matplotlib.rc_context(STYLE):
+            return _png(_tokens(tokens), f"{dataset.url}: {len(tokens):,} tokens" if title is None else title, dpi)
     if array.dimensions[:3] != ("trajectory", "time", "channel"):
-        raise ValueError(f"{dataset.url}: has axes ({', '.join(array.dimensions)}); only trajectories can be drawn")
+        raise ValueError(
+            f"{dataset.url}: has axes ({', '.join(array.dimensions)}); only trajectories and text can be drawn"
+        )
     if not 0 <= trajectory < array.shape[0]:
         raise ValueError(f"trajectory={trajectory}: {dataset.url} has 0 to {array.shape[0] - 1}")
     space = len(array.dimensions) - 3
@@ -45,10 +54,32 @@ def draw_sample(dataset: Dataset, trajectory: int = 0, title: str | None = None,
             figure = _image(values, times, names, label, array.dimensions[3])
         else:
             figure = _frames(values, times, names, array.dimensions[-2:])
-        figure.suptitle(f"{dataset.url}: trajectory {trajectory}" if title is None else title, fontsize=8)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+        return _png(figure, f"{dataset.url}: trajectory {trajectory}" if title is None else title, dpi)
+
+
+def _png(figure: Figure, title: str, dpi: int) -> bytes:
+    figure.suptitle(title, fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
     return out.getvalue()
+
+
+def _tokens(tokens: np.ndarray) -> Figure:
+    """Ids [N]: counts by rank, and the first ids as rows of an image."""
+    counts = np.sort(np.unique(tokens, return_counts=True)[1])[::-1]
+    figure = _figure(8, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 3])
+    left.loglog(np.arange(1, len(counts) + 1), counts, linewidth=0.8)
+    left.set_xlabel("rank of a token")
+    left.set_ylabel("occurrences")
+    first = np.full(ROW * TEXT_ROWS, np.nan)
+    shown = tokens[: first.size]
+    first[: len(shown)] = shown
+    rows = -(-len(shown) // ROW)
+    image = right.imshow(first.reshape(TEXT_ROWS, ROW)[:rows], origin="upper", aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=right, shrink=0.9).set_label("id")
+    right.set_title(f"first {len(shown):,} tokens, {ROW} a row")
+    return figure
 
 
 def _frame(dataset: Dataset, trajectory: int, t: int) -> np.ndarray:

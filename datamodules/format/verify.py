@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from datamodules.store import NotFound, Store
+from datamodules.store import NotFound, Store, StoreError, Unreachable
 
 from .array import Array
 from .codecs import BadChunk
@@ -16,9 +17,10 @@ from .shard import decode_chunk, decode_index, index_of
 
 
 def verify(source: str | Store, deep: bool = True, threads: int = 4) -> list[str]:
-    """One line per missing, short, long or corrupt object, naming it; [] if the data set is whole.
+    """One line per missing, short, long, corrupt or unreadable object, naming it; [] if the data set is whole.
 
-    `deep` reads every byte; otherwise only sizes are compared. DataError if there is no data set to check.
+    `deep` reads every byte; otherwise only sizes are compared. Once the store does not answer any more within its deadline,
+    what is left is not asked for. DataError if there is no data set to check.
     """
     dataset = Dataset.open(source)
     shards = {array.shard_path(k): (array, k) for array in dataset.arrays.values() for k in range(array.shards)}
@@ -26,10 +28,20 @@ def verify(source: str | Store, deep: bool = True, threads: int = 4) -> list[str
 
     def check(info: ObjectInfo) -> str | None:
         url = dataset.store.join(info.path)
+        if gone.is_set():
+            return f"{url}: not checked, as the store no longer answers"
         try:
-            size = dataset.store.size(info.path)
+            return compare(info, url)
         except NotFound:
             return f"{url}: missing"
+        except Unreachable as error:
+            gone.set()
+            return str(error)
+        except StoreError as error:
+            return str(error)
+
+    def compare(info: ObjectInfo, url: str) -> str | None:
+        size = dataset.store.size(info.path)
         if size != info.size:
             return f"{url}: {'truncated' if size < info.size else 'too long'}, {size} bytes instead of {info.size}"
         if not deep:
@@ -42,6 +54,7 @@ def verify(source: str | Store, deep: bool = True, threads: int = 4) -> list[str
             return f"{url}: corrupt, its SHA-256 is not that of the manifest{where}"
         return None
 
+    gone = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
         problems += [found for found in pool.map(check, dataset.objects.values()) if found]
     return problems

@@ -17,7 +17,7 @@ from datamodules.store import NotFound, Store, canonical_json
 
 from . import statistics
 from .dataset import FORMAT, MANIFEST, METADATA, VERSION, ObjectInfo, read_manifest
-from .dtypes import BFLOAT16, from_bfloat16
+from .dtypes import BFLOAT16, from_bfloat16, to_bfloat16
 from .errors import DataError
 from .layout import ArraySpec
 from .shard import encode_shard
@@ -106,20 +106,48 @@ class Writer:
         return dict(record)
 
     def write_shard(
-        self, name: str, k: int, values: np.ndarray, train: tuple[int, int] | None = None
+        self,
+        name: str,
+        k: int,
+        values: np.ndarray,
+        train: tuple[int, int] | None = None,
+        allow_nan: bool = False,
     ) -> dict[str, Any]:
         """Write shard k from `values` [extent, *shape[1:]] and return its record.
 
         With `train` = [start, stop) on axis 0, the record has the moments of the entries within it, per channel.
+        `DataError`, naming the place, for values that are not finite as they are stored; with `allow_nan` they are taken, and
+        left out of the moments.
         """
         spec = self.specs[name]
+        if not allow_nan:
+            self._check_finite(name, k, values)
         moments = None
         if train is not None and "channel" in spec.dimensions:
             base = k * spec.shard_length
             chosen = values[max(0, train[0] - base) : max(0, train[1] - base)]
             chosen = from_bfloat16(chosen) if spec.dtype == BFLOAT16 and chosen.dtype == np.uint16 else chosen
-            moments = statistics.partial(chosen, spec.dimensions.index("channel"))
+            moments = statistics.partial(chosen, spec.dimensions.index("channel"), finite=not allow_nan)
         return self.write_bytes(name, k, encode_shard(spec, k, values), moments)
+
+    def _check_finite(self, name: str, k: int, values: np.ndarray) -> None:
+        spec = self.specs[name]
+        if spec.dtype != BFLOAT16 and spec.numpy_dtype.kind != "f":
+            return
+        with np.errstate(over="ignore"):
+            if spec.dtype == BFLOAT16:
+                stored = from_bfloat16(to_bfloat16(values))
+            else:
+                stored = np.asarray(values, spec.numpy_dtype)
+        finite = np.isfinite(stored)
+        if finite.all():
+            return
+        place = tuple(np.argwhere(~finite)[0].tolist())
+        numbers = zip(spec.dimensions, (place[0] + k * spec.shard_length, *place[1:]), strict=False)
+        raise DataError(
+            f"{self.store.url}: {name} holds {stored[place]} at {', '.join(f'{d} {n}' for d, n in numbers)}, stored as "
+            f"{spec.dtype}; mend the values, or take them as they are with allow_nan"
+        )
 
     def write_bytes(
         self, name: str, k: int, data: np.ndarray | bytearray, moments: Mapping[str, Any] | None = None
@@ -196,10 +224,12 @@ def write_dataset(
     values: Mapping[str, np.ndarray],
     attributes: Mapping[str, Any],
     identity: Mapping[str, Any] | None = None,
+    allow_nan: bool = False,
 ) -> str:
     """Write arrays that are in memory as a data set; returns its fingerprint.
 
     `attributes` needs `kind`, `array` and `splits`; statistics of the main array over `splits["train"]` are added.
+    `DataError`, naming the place, for values that are not finite, unless `allow_nan`.
     """
     writer = Writer(target if isinstance(target, Store) else Store(target), specs, identity or {})
     writer.begin()
@@ -208,5 +238,5 @@ def write_dataset(
     for name, k in writer.shards():
         base, extent = k * specs[name].shard_length, specs[name].shard_extent(k)
         chosen = tuple(train) if train is not None and name == attributes.get("array") else None
-        records[name, k] = writer.write_shard(name, k, values[name][base : base + extent], chosen)
+        records[name, k] = writer.write_shard(name, k, values[name][base : base + extent], chosen, allow_nan)
     return writer.finish(attributes, records)

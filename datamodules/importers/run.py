@@ -36,7 +36,7 @@ class ImportConfig:
     dtype: how real fields are stored; "keep": as they are. level: of zstd compression; None: none.
     shard_bytes: about the size of a shard. block_bytes: read at once; memory is a shard and a few blocks.
     allow_nan: take values that are not finite; statistics leave them out.
-    attributes: of the data set, such as equation, units and boundary_conditions. store: options of all stores.
+    attributes: of the data set, such as equation, units and boundary_conditions; units are added to those of the files. store: options of all stores.
     """
 
     url: str
@@ -60,7 +60,7 @@ class ImportConfig:
             if name not in SPLITS:
                 raise ValueError(f"split {name!r}: unknown; use one of {', '.join(SPLITS)}")
         total = sum(self.fractions.values())
-        if self.fractions and (min(self.fractions.values()) < 0 or abs(total - 1) > 1e-6):
+        if self.fractions and not (min(self.fractions.values()) >= 0 and abs(total - 1) <= 1e-6):  # nan, too
             raise ValueError(f"fractions={self.fractions}: must be >= 0 and add up to 1, not {total:g}")
         if self.fractions and self.splits:
             raise ValueError("fractions: the splits have their own sources; give one or the other")
@@ -159,15 +159,16 @@ class _Import:
 
     def attributes(self) -> dict[str, Any]:
         found = self.sources.attributes()
+        units = {**found.get("units", {}), **self.config.attributes.get("units", {})}
         return {
             "kind": "fields",
             "array": FIELDS,
             "splits": self.splits,
             "source": {"layout": self.layout, "version": VERSION, "files": [entry["name"] for entry in self.files]},
-            "units": {},
             "parameters": {},
             **found,
             **self.config.attributes,
+            "units": units,
         }
 
     def shard(self, name: str, k: int) -> tuple[np.ndarray | bytearray, dict[str, Any] | None]:

@@ -1,7 +1,8 @@
 """NetCDF-4 files and Zarr groups, through xarray: axes are known by name, in any order.
 
 Data variables with a time axis and the axes of space become channels of `fields`. Those without time become arrays of
-their own: a number or a field for each trajectory, or a static field. A file without a trajectory axis is one trajectory.
+their own: a number or a field for each trajectory, or a static field; a single number goes to each trajectory of its file.
+What fits nowhere is refused, unless `variables` names what is wanted. A file without a trajectory axis is one trajectory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from datamodules.format import DataError
 
-from .base import FIELDS, Source, Variable, constant, free_name, need, plain, time_step
+from .base import FIELDS, Source, Variable, constant, free_name, need, per_trajectory, plain, time_step
 from .files import SourceFile
 
 TRAJECTORY = (
@@ -21,6 +22,8 @@ TRAJECTORY = (
 )  # fmt: skip
 TIME = ("time", "t", "step", "valid_time")
 CHANNEL = ("channel", "channels", "component", "variable")
+# Times stay numbers; what only describes other variables (bounds of cells, grid mappings) is no data variable.
+DECODING: dict[str, Any] = {"decode_times": False, "decode_coords": "all"}
 
 
 @dataclass
@@ -28,7 +31,8 @@ class XarrayConfig:
     """Which names mean what; empty: the usual ones.
 
     trajectory, time, channel: names of these axes in the files. space: those of space, in the order wanted.
-    variables: data variables that become channels, in this order; empty: all that have time and space.
+    variables: data variables that become channels, in this order; others with time, and those that fit nowhere, are left out.
+        Empty: all that have time and space.
     """
 
     trajectory: str = ""
@@ -66,9 +70,9 @@ def _open(file: SourceFile) -> Any:
         if file.path.endswith(".zarr"):
             need("zarr", "reading Zarr groups")
             options = {} if file.store.is_local else {"storage_options": file.store.options or None}
-            return xarray.open_zarr(file.local or file.url, chunks=None, decode_times=False, **options)
+            return xarray.open_zarr(file.local or file.url, chunks=None, **DECODING, **options)
         need("h5netcdf", "reading NetCDF")
-        return xarray.open_dataset(file.handle(), engine="h5netcdf", decode_times=False, cache=False)
+        return xarray.open_dataset(file.handle(), engine="h5netcdf", cache=False, **DECODING)
     except (OSError, ValueError, KeyError) as error:
         if not file.path.endswith(".zarr") and not file.store.exists(file.path):
             raise DataError(f"{file.url}: no such file") from error
@@ -169,12 +173,19 @@ class _Reader:
         """Variables without time (or with no space): parameters, coefficients, masks, series."""
         names = {self.trajectory: "trajectory", self.time: "time", **{axis: axis for axis in self.space}}
         found: dict[str, Variable] = {}
+        left: list[str] = []
         for variable in self.data.data_vars.values():
-            if any(variable.name == other.name for other in self.moving) or variable.dtype.kind not in "fiub":
+            if any(variable.name == other.name for other in self.moving):
                 continue
             if self.config.variables and self.time in variable.dims:
                 continue
-            if not variable.dims or any(dim not in names for dim in variable.dims):
+            if variable.dtype.kind not in "fiub" or any(dim not in names for dim in variable.dims):
+                left.append(f"{variable.name} ({', '.join(map(str, variable.dims))}) {variable.dtype}")
+                continue
+            if not variable.dims:
+                unique = free_name(str(variable.name), {**taken, **found}, tuple(self.space))
+                count = taken[FIELDS].shape[0]
+                found[unique] = per_trajectory(np.full(count, variable.values))
                 continue
             order = [axis for axis in (self.trajectory, self.time, *self.space) if axis in variable.dims]
             axes = tuple(names[axis] for axis in order)
@@ -182,6 +193,12 @@ class _Reader:
             unique = free_name(str(variable.name), {**taken, **found}, tuple(self.space))
             read = self._block(variable, order)
             found[unique] = Variable(axes, shape, variable.dtype.name, read, str(variable.attrs.get("units", "")))
+        if left and not self.config.variables:
+            fields = ", ".join(filter(None, (self.trajectory, self.time, self.channel, *self.space)))
+            raise DataError(
+                f"{self.file.url}: fits nowhere: {'; '.join(left)}; numbers on the axes {fields} can be imported; name the "
+                f"channels wanted to leave the rest out: -o variables={','.join(str(v.name) for v in self.moving)}"
+            )
         return found
 
     def _block(self, variable: Any, order: list[str]) -> Any:

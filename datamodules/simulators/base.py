@@ -10,7 +10,10 @@ from datamodules.format import ArraySpec
 
 
 class Generator(Protocol):
-    """Computes a data set shard by shard. The values of a shard are a pure function of (config, seed, array, k)."""
+    """Computes a data set shard by shard. The values of a shard are a pure function of (config, seed, array, k).
+
+    It is pickled to the processes that compute shards, after specs, attributes and source were asked for.
+    """
 
     config_class: ClassVar[type]
     version: ClassVar[int]  # raised when the same config and seed give other bytes

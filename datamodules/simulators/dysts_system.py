@@ -18,14 +18,15 @@ from torch import Tensor
 from .fields import SimulationConfig, trajectory_rng
 from .trajectories import Trajectories
 
-MODULES = ("dysts.flows", "dysts.maps")
+MODULES = {"map": "dysts.maps", "flow": "dysts.flows"}  # a name that both have means the flow
 
 
 @dataclass
 class DystsConfig(SimulationConfig):
     """Data set of one system of dysts; see `SimulationConfig` for the rest.
 
-    system: its class name, such as Lorenz or HenonMap. dt_save: in periods of its dominant oscillation as dysts lists them;
+    system: its class name, such as Lorenz or Henon. kind: "flow" (delay equations too) or "map", for a name that both have, such
+    as Duffing; empty: the flow if there is one. dt_save: in periods of its dominant oscillation as dysts lists them;
     iterations for a map (a whole number). burn_in: frames dropped at the start.
     spread: standard deviation of the initial state around the listed one, relative to each component.
     method, rtol, atol: of scipy's solve_ivp; Radau is for stiff systems. Without effect on delay equations and maps.
@@ -34,6 +35,7 @@ class DystsConfig(SimulationConfig):
     frames: int = 512
     dt_save: float = 0.02
     system: str = "Lorenz"
+    kind: str = ""
     burn_in: int = 100
     spread: float = 0.01
     method: str = "RK45"
@@ -43,16 +45,17 @@ class DystsConfig(SimulationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.need_positive("rtol", "atol")
+        self.need_choice("kind", ("", *MODULES))
         if self.burn_in < 0:
             raise ValueError(f"burn_in={self.burn_in}: must be >= 0")
         if self.spread < 0:
             raise ValueError(f"spread={self.spread}: must be >= 0")
 
 
-def find_system(name: str) -> Any:
-    """An instance of the system; ValueError if dysts is not installed or has no such system."""
+def find_system(name: str, kind: str = "") -> Any:
+    """An instance of the system; ValueError if dysts is not installed or has no such system of that kind ("" for any)."""
     known: dict[str, type] = {}
-    for module in MODULES:
+    for module in [MODULES[kind]] if kind else MODULES.values():
         try:
             members = vars(importlib.import_module(module))
         except ModuleNotFoundError as error:
@@ -64,7 +67,7 @@ def find_system(name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see dysts.systems.get_attractor_list()"
-        raise ValueError(f"system={name}: dysts has no such system; {hint}")
+        raise ValueError(f"system={name}: dysts has no such {kind or 'system'}; {hint}")
     return known[name]()
 
 
@@ -75,7 +78,7 @@ class DystsSystem(Trajectories):
     equation = "a system of the package dysts, see parameters.system"
 
     def __init__(self, config: Any, seed: int, shard_bytes: int) -> None:
-        self.system = find_system(config.system)
+        self.system = find_system(config.system, config.kind)
         if not hasattr(self.system, "ic"):
             raise ValueError(f"system={config.system}: dysts lists no initial state for it; choose another system")
         self.is_map = not hasattr(self.system, "period")

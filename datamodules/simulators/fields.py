@@ -31,6 +31,13 @@ def whole_steps(interval: float, dt: float) -> int | None:
     return steps if math.isclose(steps * dt, interval, rel_tol=1e-9, abs_tol=1e-12) else None
 
 
+def trajectory_seed(seed: int, i: int) -> int:
+    """The seed of trajectory i of a data set of this seed, 128 bits: data sets of other seeds have no trajectory in common."""
+    # As a spawn key: [seed, i] as entropy is padded with zeros, so that [2^32 + 1, 0] would be [1, 1].
+    low, high = np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(2, np.uint64).tolist()
+    return int(low | high << 64)
+
+
 def trajectory_rng(seed: int, purpose: str) -> np.random.Generator:
     """Random numbers of one trajectory for one purpose, so that a new quantity does not change the old ones."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())])))
@@ -126,13 +133,13 @@ def _one_thread() -> Iterator[None]:
 class Simulation(ABC):
     """A generator of fields. A subclass gives `channels`, `coordinates`, `description` and `solve`.
 
-    Trajectory i depends on (config, seed + i) alone. Trajectories are solved in float64 in fixed groups of `config.batch`
+    Trajectory i depends on (config, seed, i) alone, see `trajectory_seed`. Trajectories are solved in float64 in fixed groups of `config.batch`
     (i // batch) on one thread, so that the bits of one do not depend on shards, worker processes or the number of
     trajectories; they may differ between CPU types, devices and torch builds.
     """
 
     config_class: ClassVar[type[SimulationConfig]]
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     static: ClassVar[tuple[str, ...]] = ()  # names of static fields, each [trajectory, *space]
 
     def __init__(self, config: Any, seed: int, shard_bytes: int) -> None:
@@ -175,6 +182,10 @@ class Simulation(ABC):
         return self.config.dt_save * np.arange(self.config.frames)
 
     # What it gets.
+
+    def seeds(self, start: int, stop: int) -> list[int]:
+        """The seeds of trajectories start ... stop - 1."""
+        return [trajectory_seed(self.seed, i) for i in range(start, stop)]
 
     def draw(self, name: str, seed: int) -> float:
         """The value of a drawn parameter in the trajectory of this seed."""
@@ -241,9 +252,9 @@ class Simulation(ABC):
         start = k * spec.shard_length
         stop = start + spec.shard_extent(k)
         if name in self.config.drawn:
-            return np.array([self.draw(name, self.seed + i) for i in range(start, stop)])
+            return np.array([self.draw(name, seed) for seed in self.seeds(start, stop)])
         if name in self.static:
-            return np.stack([self.static_field(name, self.seed + i) for i in range(start, stop)])
+            return np.stack([self.static_field(name, seed) for seed in self.seeds(start, stop)])
         out = np.empty((stop - start, *spec.shape[1:]), np.float32)
         batch = self.config.batch
         for group in range(start // batch, (stop - 1) // batch + 1):
@@ -255,7 +266,7 @@ class Simulation(ABC):
     def group(self, first: int) -> np.ndarray:
         """Trajectories first ... first + batch - 1, [batch, frames, channel, *space] float64."""
         with _one_thread(), torch.inference_mode():
-            fields = self.solve([self.seed + first + j for j in range(self.config.batch)])
+            fields = self.solve(self.seeds(first, first + self.config.batch))
         if not torch.isfinite(fields).all():
             raise ValueError(f"{self.unstable()}: the solution became non-finite; use a smaller time step")
         return np.asarray(fields.cpu().numpy())

@@ -154,7 +154,7 @@ class Solver:
 class NavierStokes2D(Simulation):
     """Generator of vorticity trajectories, array `fields` [trajectory, time, 1, x, y].
 
-    Trajectory i starts from the random field of seed `seed + i`.
+    Trajectory i starts from the random field of its seed, see `trajectory_seed`.
     """
 
     config_class: ClassVar[type[SimulationConfig]] = NavierStokes2DConfig

@@ -154,10 +154,11 @@ class SkewProduct(Trajectories):
             return super().values(name, k)
         spec, batch = self.specs()[name], self.config.batch
         rows = []
-        for i in range(k * spec.shard_length, k * spec.shard_length + spec.shard_extent(k)):
-            if i not in self._rows:  # another process computed the fields
+        start = k * spec.shard_length
+        for i, seed in enumerate(self.seeds(start, start + spec.shard_extent(k)), start):
+            if seed not in self._rows:  # the fields are there already: which system was good takes solving it again
                 self.group(i // batch * batch)
-            rows.append(self._rows[i])
+            rows.append(self._rows[seed])
         return np.stack(rows)
 
     def rhs(self, systems: list[System]) -> Rhs:
@@ -175,7 +176,8 @@ class SkewProduct(Trajectories):
 
     def solve(self, seeds: list[int]) -> Tensor:
         c = self.config
-        firsts = seeds[:: c.per_system]  # a system has the seed of its first trajectory
+        members = {seeds[i]: seeds[i : i + c.per_system] for i in range(0, len(seeds), c.per_system)}
+        firsts = list(members)  # a system has the seed of its first trajectory
         done: dict[int, tuple[System, Tensor]] = {}
         for turn in range(ROUNDS):
             wanted = [seed for seed in firsts if seed not in done]
@@ -190,12 +192,10 @@ class SkewProduct(Trajectories):
             for (seed, system), reference in zip(drawn, self._references([s for _, s in drawn]), strict=True):
                 if reference is not None:
                     chosen.setdefault(seed, (system, reference))
-            done.update(self._trajectories(chosen))
+            done.update(self._trajectories(chosen, members))
         if len(done) < len(firsts):
             raise ValueError(f"spread={c.spread}: no chaotic system in {ROUNDS * c.tries} draws; use a smaller spread")
-        for seed in firsts:
-            for j in range(c.per_system):
-                self._rows[seed - self.seed + j] = done[seed][0].row
+        self._rows.update({seed: done[first][0].row for first in firsts for seed in members[first]})
         return torch.cat([done[seed][1] for seed in firsts])
 
     def _references(self, systems: list[System]) -> list[np.ndarray | None]:
@@ -209,16 +209,18 @@ class SkewProduct(Trajectories):
         good[good] = (attractors.zero_one(x[good][:, ::STRIDE, 3:]) >= 0.5).any(1)
         return [series if ok else None for series, ok in zip(x, good, strict=True)]
 
-    def _trajectories(self, chosen: dict[int, tuple[System, np.ndarray]]) -> dict[int, tuple[System, Tensor]]:
+    def _trajectories(
+        self, chosen: dict[int, tuple[System, np.ndarray]], members: dict[int, list[int]]
+    ) -> dict[int, tuple[System, Tensor]]:
         """The trajectories [per_system, frames, 6] of systems, without those of which one ran away."""
         c = self.config
         if not chosen:
             return {}
         systems, starts = [], []
-        for seed, (system, reference) in chosen.items():
-            for j in range(c.per_system):
+        for first, (system, reference) in chosen.items():
+            for seed in members[first]:
                 systems.append(system)
-                starts.append(reference[trajectory_rng(seed + j, "initial").integers(len(reference))])
+                starts.append(reference[trajectory_rng(seed, "initial").integers(len(reference))])
         start = torch.from_numpy(np.stack(starts)).to(self.device)
         times = [c.dt_save * i for i in range(c.frames)]
         x = dopri5(self.rhs(systems), start, times, c.rtol, c.atol, attractors.LIMIT, MAX_STEPS)

@@ -172,5 +172,5 @@ class IteratedMap(Trajectories):
         x = self.initial_states(seeds)
         states = iterate(lambda x: self.step(x, p), x, c.burn_in, round(c.dt_save), c.frames)
         if not torch.isfinite(states).all():
-            raise ValueError(f"trajectories of seeds {seeds[0]} to {seeds[-1]}: ran to infinity; use weaker coupling")
+            raise ValueError(f"{type(self).__name__}: a trajectory ran to infinity; use weaker coupling")
         return self.observe(states)

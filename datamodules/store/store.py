@@ -352,6 +352,8 @@ class Store:
             return AccessDenied(
                 f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
+        if isinstance(error, NotADirectoryError):
+            return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
         if isinstance(error, FileNotFoundError):
             return NotFound(f"{url}: not found; check the URL")
         if isinstance(error, PermissionError) or status in (401, 403):

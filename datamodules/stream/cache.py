@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import quote
 
 from datamodules.format import DataError
@@ -26,6 +26,42 @@ BLOCK = 4 << 20  # bytes of one range request of a download
 PARALLEL = 8  # range requests in flight for one download
 _STRIPES = 64  # number of lock files; two shards that share one only wait for each other
 _serial = itertools.count()
+
+
+class _Lock:
+    """A ``flock`` lock held by this process.
+
+    The lock is that of the open file, which a forked child shares: a child would hold on to it for all its life. So it is
+    released by name, not only by closing the file, and a child closes what it inherits at once.
+    """
+
+    held: ClassVar[set[_Lock]] = set()
+
+    def __init__(self, path: str, wait: bool) -> None:
+        """``BlockingIOError`` if another has it and ``wait`` is false."""
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.held.add(self)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        if self in self.held:  # not in a child, whose parent's lock it is
+            self.held.remove(self)
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            os.close(self.descriptor)
+
+    @classmethod
+    def forget(cls) -> None:
+        """In a forked child: close the files of the parent's locks."""
+        for lock in cls.held:
+            os.close(lock.descriptor)
+        cls.held.clear()
+
+
+os.register_at_fork(after_in_child=_Lock.forget)
 
 
 class Source(Protocol):
@@ -218,13 +254,15 @@ class ShardCache:
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold the lock of ``name`` (among threads too: each ``open`` has its own); yields whether it is held."""
         stripe = name if name == "evict" else f"{crc32(os.path.relpath(name, self.root).encode()) % _STRIPES:02d}"
-        with open(os.path.join(self.root, "locks", stripe), "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True  # closing the file releases the lock
+        try:
+            lock = _Lock(os.path.join(self.root, "locks", stripe), wait)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
 
 def _allocate(descriptor: int, size: int) -> None:

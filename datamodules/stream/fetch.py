@@ -70,7 +70,7 @@ class Reader:
     """Reads batches of ``windows`` of ``dataset``; safe to use from several threads; a copy by pickle is independent.
 
     Local data sets, and remote ones with a ``cache``, are read as files; remote ones without, by ranges. ``always``: verify
-    checksums at every read of a file, not only at the first of this process.
+    checksums at every read of a file, not only at the first of this process, and those of whole local shards once.
 
     ``batch`` raises ``DataError`` for bytes that do not match their checksum (after reading them once more, unless the
     data set is local), for missing or truncated objects and for a data set that changed meanwhile, and ``StoreError``
@@ -84,6 +84,7 @@ class Reader:
         self.cache = None if dataset.store.is_local else cache
         self.gap = 0 if dataset.store.is_local or cache else REMOTE_GAP
         self._files, self._scratch, self._pool, self._watch = Files(), Scratch(), Pool(), Watch(dataset)
+        self._identities: dict[str, tuple[int, ...]] = {}  # of local shards when they were last opened
         self._paths: dict[int, str] = {}  # of shards; making one takes longer than reading a small sample
         suits = (dataset.store.is_local or self.cache is not None) and Direct.suits(windows.array)
         self._direct = Direct(windows.array, windows.entries, always) if suits else None
@@ -125,12 +126,13 @@ class Reader:
 
     def target(self, rows: int) -> Target:
         """Memory of a batch. Pinned memory is torch's own, which knows when copies to a device have ended."""
-        shape, dtype = (rows, *self.windows.shape), self.windows.dtype
-        if torch.cuda.is_initialized():
-            return Target(torch.empty(shape, dtype=dtype, pin_memory=True), None)
+        shape, dtype, pinned = (rows, *self.windows.shape), self.windows.dtype, torch.cuda.is_initialized()
         direct = self._direct
         if direct is None or not self._same or self.windows.entries % direct.length or not rows:
-            return Target(torch.empty(shape, dtype=dtype), None)
+            return Target(torch.empty(shape, dtype=dtype, pin_memory=pinned), None)
+        if pinned:
+            data = torch.empty(shape, dtype=dtype, pin_memory=True)
+            return Target(data, Slab(data.view(-1).view(torch.uint8).numpy(), rows, direct.chunks, direct.payload))
         slab, lent = self._pool.take(rows, direct.chunks, direct.payload)
         return Target(torch.from_numpy(lent).view(dtype).view(shape), slab)
 
@@ -154,7 +156,8 @@ class Reader:
         if direct.whole(at):
             slab, raw = target.slab, None
             place: Slab | Rows
-            if slab is not None and slab.fits(direct.chunks, direct.payload):
+            # A mixture's target belongs to another source, whose bytes may mean something else.
+            if self._same and slab is not None and slab.fits(direct.chunks, direct.payload):
                 place = slab if rows is None else slab.select(rows)
             else:
                 place, raw = self._pool.take(count, direct.chunks, direct.payload)
@@ -266,7 +269,7 @@ class Reader:
         """The shard as a file: the data set's own or the cached copy. ``None``: ask the store, which also tells what is wrong."""
         store, cache = self.dataset.store, self.cache
         if store.is_local:
-            return self._files.get(path, lambda: File.open(store.local_path(path)))
+            return self._files.get(path, lambda: self._own(path))
         if cache is None:
             return None
         info = self.dataset.objects.get(path)
@@ -285,3 +288,23 @@ class Reader:
             return None if descriptor is None else File(descriptor, verified=fetched > 0)
 
         return self._files.get(path, fetch)
+
+    def _own(self, path: str) -> File | None:
+        """A shard of a local data set, if it is the one that the manifest lists.
+
+        Chunks carry checksums of their own, so that those of another shard are intact as well. All its bytes are compared
+        with the manifest's checksum if it was written to since this reader began, and with ``always`` before the first read.
+        """
+        file, info = File.open(self.dataset.store.local_path(path)), self.dataset.objects.get(path)
+        if file is None or info is None:
+            return file
+        why, seen = "", self._identities.get(path)
+        if file.size != info.size:
+            why = f"{'truncated' if file.size < info.size else 'too long'}, {file.size} bytes instead of {info.size}"
+        elif seen != file.identity and (self.always or seen is not None) and file.crc32() != info.crc32:
+            why = "corrupt, or of another data set: its checksum differs from the manifest's"
+        if why:
+            self._watch.check(now=True)
+            raise self.windows.array.damaged(path, why)
+        self._identities[path] = file.identity
+        return file

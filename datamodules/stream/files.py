@@ -7,9 +7,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cached_property
+
+from datamodules.format.crc import crc32
 
 OPEN_FILES = 128
+BLOCK = 4 << 20  # bytes read at once to sum a whole file
 OPEN_SECONDS = (
     5.0  # after that a file is opened anew: a cached shard is marked as used, an evicted one lets go of its disk
 )
@@ -30,25 +32,34 @@ class Scratch(threading.local):
 class File:
     """A file descriptor that is closed when nobody holds this object any more.
 
-    ``verified``: this process has just written the file from bytes whose checksum was right.
+    ``verified``: this process has just written the file from bytes whose checksum was right. ``ours``: a file of the cache,
+    which is never written to and whose time says when it was last used.
     """
 
-    def __init__(self, descriptor: int, verified: bool = False) -> None:
+    def __init__(self, descriptor: int, verified: bool = False, ours: bool = True) -> None:
         self.descriptor, self.verified = descriptor, verified
+        status = os.fstat(descriptor)
+        self.size = status.st_size
+        # Another file under the same name has another inode; one that was written to has another time.
+        self.identity = (status.st_dev, status.st_ino, status.st_size, 0 if ours else status.st_mtime_ns)
 
     @classmethod
     def open(cls, path: str) -> File | None:
-        """The file at ``path`` for reading; ``None`` if that fails."""
+        """The file of a local data set for reading; ``None`` if that fails."""
         try:
-            return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), ours=False)
         except OSError:
             return None
 
-    @cached_property
-    def identity(self) -> tuple[int, ...]:
-        """Device, inode and size: another file under the same name has another one."""
-        status = os.fstat(self.descriptor)
-        return status.st_dev, status.st_ino, status.st_size
+    def crc32(self) -> int | None:
+        """Of all its bytes; ``None`` if it cannot be read."""
+        found, scratch = 0, Scratch()
+        for start in range(0, self.size, BLOCK):
+            block = self.read(start, min(start + BLOCK, self.size), scratch)
+            if block is None:
+                return None
+            found = crc32(block, found)
+        return found
 
     def read(self, start: int, stop: int, scratch: Scratch) -> memoryview | None:
         """Bytes ``[start, stop)``, valid until the thread's next read; ``None`` if the file ends before or fails."""

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from datamodules.format import DataError
 from .fetch import Reader
 from .metrics import Metrics
 from .order import Order
+from .windows import Windows
 
 Indices = NDArray[np.int64]
 LONGEST = 1 << 16  # units of a block
@@ -93,24 +94,45 @@ class Mixture:
         return {"seed": self.seed, "samples": self.n, "mixture": digest}
 
 
+class Entry(NamedTuple):
+    """What one sample contributes to an entry of a batch. ``alike``: what even batches of one source must agree in."""
+
+    shape: tuple[int, ...]
+    alike: tuple[Any, ...]
+
+
+def entries(windows: Windows) -> dict[str, Entry]:
+    """The entries of a batch of ``windows`` by name."""
+    views = windows.views(torch.empty((0, *windows.shape), dtype=windows.dtype))
+    labels = windows.labels(np.empty(0, np.int64))
+    found = {name: Entry(tuple(v.shape[1:]), (v.dtype, v.shape[1:2], windows.marks)) for name, v in views.items()}
+    return found | {name: Entry(tuple(v.shape[1:]), (v.dtype, v.shape[1:])) for name, v in labels.items()}
+
+
+def _told(found: dict[str, Entry]) -> str:
+    said = (f"{name} {str(entry.alike[0]).removeprefix('torch.')} {list(entry.shape)}" for name, entry in found.items())
+    marks = next(iter(found.values())).alike[2]
+    return ", ".join(said) + (f" separated by {marks}" if marks is not None else "")
+
+
 class MixedReader:
     """Batches from several readers, with ids as of ``Mixture``; adds ``source``, int64 [B].
 
-    The samples of a batch come from any of the readers if all have the same shapes; ``DataError`` if not, unless ``apart``
-    promises that a batch has one source.
+    All readers must give batches of the same entries, and of the same shapes unless ``apart`` promises that a batch has one
+    source; ``DataError`` if not.
     """
 
     def __init__(self, readers: Sequence[Reader], metrics: Metrics, apart: bool = False) -> None:
         self.readers, self.metrics, self.apart = list(readers), metrics, apart
         self.bases = np.cumsum([0, *(reader.windows.samples for reader in readers)])
-        first = self.readers[0].windows
+        first = entries(self.readers[0].windows)
         for reader in self.readers[1:]:
-            other = reader.windows
-            if not apart and (other.shape, other.dtype, other.key) != (first.shape, first.dtype, first.key):
-                raise DataError(
-                    f"{reader.dataset.url}: has samples {other.key} {list(other.shape)}, the first source has {first.key} "
-                    f"{list(first.shape)}; set unit=batch, so that each global batch has one source"
-                )
+            other = entries(reader.windows)
+            what = f"{reader.dataset.url}: has samples {_told(other)}, the first source has {_told(first)}"
+            if {name: entry.alike for name, entry in other.items()} != {n: e.alike for n, e in first.items()}:
+                raise DataError(f"{what}; give all sources the same inputs, pairs, parameters, documents and separator")
+            if not apart and other != first:
+                raise DataError(f"{what}; set unit=batch, so that each global batch has one source")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MixedReader, (self.readers, self.metrics, self.apart)
@@ -139,9 +161,9 @@ class MixedReader:
         for s, rows, ids in parts:
             self.readers[s].fill(ids, target, None if len(parts) == 1 else rows, wait=wait)
             labels["source"][rows] = s
-            for name, values in self.readers[s].windows.labels(ids).items():
+            for name, values in self.readers[s].windows.labels(ids).items():  # the same names from each source
                 if name not in labels:
-                    labels[name] = torch.zeros((len(samples), *values.shape[1:]), dtype=values.dtype)
+                    labels[name] = torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype)
                 labels[name][rows] = values
         batch = {**reader.windows.views(target.data), **labels, "index": torch.from_numpy(np.array(samples))}
         return reader.finish(batch)

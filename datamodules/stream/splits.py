@@ -67,7 +67,7 @@ def select(dataset: Dataset, array: Array, text: str) -> Split:
     keep = np.ones(last - first, bool)
     for term, match in conditions:
         name, column, sign, number = match.groups()
-        values = per_trajectory(dataset, name, length, column)[first:last]
+        values = per_trajectory(dataset, array, name, column)[first:last]
         try:
             keep &= _OPERATORS[sign](values, float(number))
         except ValueError:
@@ -106,31 +106,32 @@ def _range(dataset: Dataset, array: Array, term: str) -> tuple[int, int]:
 
 
 def per_trajectory(
-    dataset: Dataset, name: str, length: int, column: str | None = None, whole: bool = False
+    dataset: Dataset, array: Array, name: str, column: str | None = None, whole: bool = False
 ) -> np.ndarray:
-    """Values [length] of an array with one number per trajectory, or of one of its named columns.
+    """Values [n] of the array ``name`` with one number for each of the n trajectories of ``array``, or of a named column.
 
-    ``whole``: entries of any shape, [length, ...].
+    ``whole``: entries of any shape, [n, ...].
 
     ``DataError`` if there is no such array or it is not that.
     """
-    url = dataset.url
-    found = {n: a for n, a in dataset.arrays.items() if a.window_axis == 0 and a.shape[0] == length}
+    url, length, axis = dataset.url, array.shape[0], array.dimensions[0]
+    # By the axis' name, not its extent: as many frames as trajectories do not make times parameters.
+    found = {n: a for n, a in dataset.arrays.items() if a.window_axis == 0 and a.dimensions[0] == axis}
     if name not in found:
         known = ", ".join(sorted(found)) or "none"
         raise DataError(
             f"{url}: has no array {name!r} with one entry for each of {length} trajectories; it has {known}"
         )
-    array = found[name]
+    values = found[name]
     if column is None:
-        if len(array.shape) != 1 and not whole:
-            names = array.attributes.get("columns")
+        if len(values.shape) != 1 and not whole:
+            names = values.attributes.get("columns")
             hint = f"name a column, such as {name}.{names[0]}" if names else "conditions need one number each"
-            raise DataError(f"{url}: array {name!r} has shape {list(array.shape)}; {hint}")
-        return array.read((), 0, length)
-    names = list(array.attributes.get("columns", []))
-    if len(array.shape) != 2 or column not in names:
+            raise DataError(f"{url}: array {name!r} has shape {list(values.shape)}; {hint}")
+        return values.read((), 0, length)
+    names = list(values.attributes.get("columns", []))
+    if len(values.shape) != 2 or column not in names:
         raise DataError(
             f"{url}: array {name!r} has no column {column!r}; it has {', '.join(map(str, names)) or 'none with a name'}"
         )
-    return array.read((), 0, length)[:, names.index(column)]
+    return values.read((), 0, length)[:, names.index(column)]

@@ -119,7 +119,7 @@ class Stream(IterableDataset[Batch]):
 
     The batches and their order are the same for any ``num_workers``: each process makes every fourth. ``start`` is asked
     when iteration begins, so make the loader again (or leave ``persistent_workers`` off) to go on from another position.
-    Metrics are counted in the processes that read.
+    ``metrics`` include what worker processes read.
 
     Args:
         reader: makes a batch from sample ids.
@@ -174,7 +174,9 @@ class Stream(IterableDataset[Batch]):
 
     def __iter__(self) -> Generator[Batch, None, None]:
         if os.getpid() != self._process:  # forked: locks and files of the parent are in whatever state they were
+            parent = self.metrics
             self.reader = pickle.loads(pickle.dumps(self.reader))
+            self.metrics.report_to(parent)
             self._running, self._process = weakref.WeakSet(), os.getpid()
         depth = self.read_ahead
         if depth:

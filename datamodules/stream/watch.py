@@ -25,17 +25,36 @@ class Watch:
         self.dataset, self.seconds, self.clock = dataset, seconds, clock
         self._next = clock() + (0 if dataset.store.is_local else seconds)  # a local look costs a few microseconds
         self._seen: tuple[int, int, int] | None = None
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._found: Exception | None = None
 
     def check(self, now: bool = False) -> None:
-        """Look if it is time to, or ``now``."""
-        if not now and self.clock() < self._next:
-            return
-        with self._lock:
-            if not now and self.clock() < self._next:
-                return
+        """Raise what the last look found; look if it is time to, or ``now``.
+
+        Nobody waits for a look at a remote store that is not ``now``: while the store is out, which may take a minute to
+        find, training goes on from the cache.
+        """
+        if now:
             self._look()
+            return
+        if self.clock() >= self._next and self._turn.acquire(blocking=False):
+            if self.dataset.store.is_local:
+                self._take_turn()
+            else:
+                threading.Thread(target=self._take_turn, name="keel-watch", daemon=True).start()
+        found = self._found
+        if found is not None:
+            self._found, self._next = None, self.clock()  # whoever goes on nevertheless is told again
+            raise found
+
+    def _take_turn(self) -> None:
+        try:
+            self._look()
+        except Exception as error:
+            self._found = error
+        finally:
             self._next = self.clock() + self.seconds
+            self._turn.release()
 
     def _look(self) -> None:
         store, expected = self.dataset.store, self.dataset.fingerprint

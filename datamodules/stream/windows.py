@@ -65,6 +65,10 @@ class Windows(Protocol):
     def identity(self) -> str:
         """Digest of what the ids mean: two streams whose identities agree read the same bytes for the same id."""
 
+    @property
+    def marks(self) -> int | None:
+        """The value that tells documents apart, if batches say which are which."""
+
     def locate(self, ids: Ids) -> Located: ...
 
     def views(self, data: Tensor) -> dict[str, Tensor]:
@@ -107,6 +111,7 @@ class FieldWindows:
     extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     key = "fields"
     dtype = torch.float32
+    marks = None
 
     def __post_init__(self) -> None:
         array, name = self.array, self.array.name
@@ -279,6 +284,10 @@ class TokenWindows:
     @property
     def identity(self) -> str:
         return _digest(self.array.name, self.first, self.last, self.length)
+
+    @property
+    def marks(self) -> int | None:
+        return self.separator
 
     def locate(self, ids: Ids) -> Located:
         ids = np.asarray(ids, np.int64)

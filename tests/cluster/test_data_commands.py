@@ -13,7 +13,7 @@ import pytest
 from cluster import cli
 from cluster.report.sample import draw_sample
 from datamodules.format import ArraySpec, Dataset, verify, write_dataset
-from datamodules.store import Store
+from datamodules.store import AccessDenied, Store, Unreachable
 from tests.datamodules.importers.layouts import tensor, well
 
 
@@ -127,7 +127,42 @@ def test_import_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert code == 0 and "not finite" in out and out.split()[-2] == "1"
 
 
+def test_mistakes_of_an_import_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensor(tmp_path / "a.hdf5")
+    words = ("import", tmp_path / "a.hdf5", "--to")
+    assert "add up to 1, not nan" in refused(capsys, *words, tmp_path / "out", "--split", "train=nan")
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, *words, tmp_path / "file")
+    assert f"{tmp_path}/file/manifest.json: goes through a file, where a folder was expected" in line
+
+
 # check
+
+
+def test_check_goes_on_behind_an_object_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = Path(made(tmp_path / "a"))
+    (url / "fields/c/2/0/0/0/0").unlink()
+    real = Store.read_range
+
+    def failing(self: Store, path: str, start: int, end: int) -> bytes:
+        if path.startswith("fields/c/0"):
+            raise AccessDenied(f"{self.join(path)}: access denied (403)")
+        return real(self, path, start, end)
+
+    monkeypatch.setattr(Store, "read_range", failing)
+    code, out, _ = call(capsys, "check", url)
+    assert code == 1 and "2 problems" in out
+    assert "fields/c/0/0/0/0/0: access denied" in out and "fields/c/2/0/0/0/0: missing" in out
+
+    def silent(self: Store, path: str) -> int:
+        raise Unreachable(f"{self.join(path)}: the store did not answer in time")
+
+    monkeypatch.setattr(Store, "size", silent)
+    code, out, _ = call(capsys, "check", url)
+    count = len(Dataset.open(str(url)).objects)
+    assert code == 1 and f"{count} problems" in out and 1 <= out.count("did not answer in time") <= 4
 
 
 def test_check_names_every_broken_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,9 +238,53 @@ def test_show_refuses_what_cannot_be_drawn(tmp_path: Path, capsys: pytest.Captur
     attributes = {"kind": "text", "array": "tokens", "splits": {"train": [0, 99]}}
     write_dataset(text, {"tokens": spec}, {"tokens": np.zeros(99, np.uint8)}, attributes)
     assert call(capsys, "show", text)[0] == 0
-    assert "only trajectories can be drawn" in refused(capsys, "show", text, "--png", tmp_path / "x.png")
+    masks = str(tmp_path / "masks")
+    spec = ArraySpec((4, 8), "uint8", ("trajectory", "x"), 4)
+    attributes = {"kind": "fields", "array": "mask", "splits": {"train": [0, 4]}}
+    write_dataset(masks, {"mask": spec}, {"mask": np.zeros((4, 8), np.uint8)}, attributes)
+    assert "only trajectories and text can be drawn" in refused(capsys, "show", masks, "--png", tmp_path / "x.png")
     assert "no channel axis" in refused(capsys, "stats", text)
     assert "No such file" in refused(capsys, "show", url, "--png", tmp_path / "nowhere/x.png")
+
+
+def test_text_is_shown_in_short_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.frombuffer(("To be, or not to be: that is the question. " * 90).encode(), np.uint8)
+    spec = ArraySpec(tokens.shape, "uint8", ("token",), tokens.size, tokens.size)
+    attributes = {
+        "kind": "text", "array": "tokens", "splits": {"train": [0, tokens.size]}, "vocab_size": 256, "separator": 0,
+        "tokenizer": "bytes", "note": "x" * 100_000, "pattern": "*.[ch]",
+    }  # fmt: skip
+    write_dataset(str(tmp_path / "a"), {"tokens": spec}, {"tokens": tokens}, attributes)
+    png = tmp_path / "text.png"
+    code, out, _ = call(capsys, "show", tmp_path / "a", "--png", png)
+    assert code == 0 and "it begins: To be, or not to be: that is the question. To be" in out
+    assert "*.[ch]" in out and "x ... (100,000 characters)" in out and len(out) < 5000
+    picture = matplotlib.image.imread(io.BytesIO(png.read_bytes()))
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 15
+
+
+# options of the store
+
+
+def test_store_options_reach_every_command(
+    tmp_path: Path, s3, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server and its credentials are nowhere but in the options."""
+    url, remote = made(tmp_path / "a"), s3.url("data")
+    words = [f"endpoint_url={s3.endpoint}", "key=test", "secret=test", "client_kwargs.region_name=us-east-1"]
+    options = [word for pair in words for word in ("-s", pair)]
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    assert call(capsys, "copy", url, remote, *["--target-store" if w == "-s" else w for w in options])[0] == 0
+    for command in (("check",), ("show",), ("stats",), ("copy", remote, str(tmp_path / "b"))):
+        code, out, err = call(capsys, *command, *([remote] if len(command) == 1 else []), *options)
+        assert code == 0, (command, out, err)
+    axes = ("-o", "axes=trajectory,time,x", *options)
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4), np.float32))
+    assert call(capsys, "import", tmp_path / "a.npy", "--to", f"{remote}/imported", *axes)[0] == 0
+    assert "--store endpoint: must be of the form KEY=VALUE" in refused(capsys, "show", remote, "-s", "endpoint")
 
 
 # stats

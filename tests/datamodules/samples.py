@@ -54,7 +54,9 @@ def token_values(tokens: int) -> np.ndarray:
     return (np.arange(tokens, dtype=np.uint64) ** 2 // 7 % 251).astype(np.uint8)
 
 
-def write_text(url: str, tokens: int = 5000, per_shard: int = 1024, chunk: int = 128) -> str:
+def write_text(
+    url: str, tokens: int = 5000, per_shard: int = 1024, chunk: int = 128, separator: int | None = None
+) -> str:
     """The tokens above as a data set split 80:20; returns its fingerprint."""
     spec = ArraySpec((tokens,), "uint8", ("token",), shard_length=per_shard, chunk_length=chunk)
     cut = tokens * 4 // 5
@@ -63,6 +65,7 @@ def write_text(url: str, tokens: int = 5000, per_shard: int = 1024, chunk: int =
         "array": "tokens",
         "vocab_size": 256,
         "splits": {"train": [0, cut], "validation": [cut, tokens]},
+        **({} if separator is None else {"separator": separator}),
     }
     return write_dataset(url, {"tokens": spec}, {"tokens": token_values(tokens)}, attributes)
 

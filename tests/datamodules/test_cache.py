@@ -264,3 +264,45 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     before = threading.active_count()
     fetch(ShardCache(str(tmp_path), 10 * SIZE), Source(), "a")
     assert threading.active_count() == before
+
+
+class Slow(Source):
+    """Waits in a download until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def read_ranges(self, requests: list[tuple[str, int, int]], sinks: list[Sink]) -> list[bytes]:
+        self.reached.set()
+        assert self.go.wait(20)
+        return super().read_ranges(requests, sinks)
+
+
+def test_a_child_forked_in_a_download_holds_no_lock(tmp_path: Path) -> None:
+    """The lock is of the open file, which a child shares: it would last as long as the child."""
+    source, cache = Slow(), ShardCache(str(tmp_path), 10 * SIZE)
+    worker = threading.Thread(target=fetch, args=(cache, source, "a"))
+    worker.start()
+    assert source.reached.wait(20)
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        names = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        os.write(tell, b"%d" % sum("/locks/" in name for name in names))
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(told, 9) == b"0"
+        with cache._lock(cache._target("f" * 64, "a"), wait=False) as held:
+            assert not held  # what the child did not drop
+        source.go.set()
+        worker.join(20)
+        with cache._lock(cache._target("f" * 64, "a"), wait=False) as held:
+            assert held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+        os.close(tell)
+    assert fetch(cache, source, "a") == content("a") and source.downloads == ["a"]

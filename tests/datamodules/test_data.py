@@ -1,15 +1,11 @@
-"""The data modules: specs, splits, loaders for any world size, exact resumption, use under Lightning and on S3."""
+"""The data modules: specs, splits, loaders for any world size, exact resumption, and use on S3."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -274,78 +270,6 @@ def test_evaluation_loader(fields: str) -> None:
         40,
     ]
     assert data.position == 0 and data.config.frames == 3
-
-
-# Under Lightning.
-
-
-class Probe(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-        self.seen: list[list[int]] = []
-        self.validated: list[int] = []
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        self.seen.append(batch["index"].tolist())
-        return self.layer(batch["fields"].mean((1, 2, 3, 4))[:, None]).square().mean()
-
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.validated += batch["index"].tolist()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1e-9)
-
-
-class Advance(lightning.Callback):
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.global_step > self.steps:
-            self.steps = trainer.global_step
-            trainer.datamodule.advance(8)  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
-
-
-# One endless epoch validated by steps; and several, for each of which Lightning starts the loader anew.
-LOOPS: list[dict[str, Any]] = [
-    {"val_check_interval": 12, "check_val_every_n_epoch": None},
-    {"limit_train_batches": 12},
-]
-
-
-@pytest.mark.parametrize("loop", LOOPS, ids=["endless", "epochs"])
-def test_lightning_accumulates_validates_and_goes_on(fields: str, quiet: None, loop: dict[str, Any]) -> None:
-    data = FieldsData(FieldsConfig(url=fields, frames=3), global_batch=8, micro_batch=2, seed=3)
-    off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    options: dict[str, Any] = {"accelerator": "cpu", "accumulate_grad_batches": 4, **off, **loop}
-    order = data.order
-    probe = Probe()
-    trainer = lightning.Trainer(max_steps=6, callbacks=[Advance()], num_sanity_val_steps=1, **options)
-    trainer.fit(probe, datamodule=data)
-    assert [len(s) for s in probe.seen] == [2] * 24
-    assert list(itertools.chain(*probe.seen)) == order.at(np.arange(48)).tolist()
-    assert probe.validated == [0, 1, *range(15), *range(15)]
-    state = data.state_dict()
-    assert (state["epoch"], state["position"]) == (0, 48)
-
-    again = FieldsData(FieldsConfig(url=fields, frames=3), global_batch=8, micro_batch=8, seed=3)
-    again.load_state_dict(state)
-    probe = Probe()
-    trainer = lightning.Trainer(max_steps=2, limit_val_batches=0, **{**options, "accumulate_grad_batches": 1})
-    trainer.fit(probe, datamodule=again)
-    assert list(itertools.chain(*probe.seen)) == order.at(np.arange(48, 64)).tolist()
 
 
 # On S3.

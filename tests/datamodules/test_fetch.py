@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from datamodules.format import Array, DataError, Dataset, Piece
 from datamodules.store import Store
+from datamodules.stream.buffers import Pool
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import MAX_BLOCK, Reader, coalesce
 from datamodules.stream.metrics import Metrics
@@ -110,7 +112,34 @@ def test_windows_protocol(tmp_path: Path) -> None:
     ]
     for windows, group in cases:
         assert windows.group == group
-        Order(windows.samples, windows.group, 4, 0)
+        # A group lies in one shard (of text, whose windows cross shards, in two): so the order bounds the shards in use.
+        order, array = Order(windows.samples, windows.group, 1, 0), windows.array
+        ids = order(0, np.arange(windows.samples))
+        at = windows.locate(ids)
+        shards = (at.lead if array.window_axis else at.start) // array.shard_length
+        starts = [0, *(np.flatnonzero(np.diff(ids // group)) + 1), len(ids)]
+        assert len(starts) - 1 == order.groups
+        for a, b in itertools.pairwise(starts):
+            assert len(np.unique(shards[a:b])) <= (1 if array.window_axis else 2)
+
+
+def test_pinned_memory_is_read_into_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(str(tmp_path))
+    reader, pinned, real = fields_reader(str(tmp_path)), [], torch.empty
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        memory = real(*shape, **options)
+        if pin_memory:
+            pinned.append(memory)
+        return memory
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(Pool, "take", None)  # memory that is not pinned
+    batch = reader.batch(np.arange(24))
+    assert [memory.data_ptr() for memory in pinned] == [batch["fields"].data_ptr()]
+    assert np.array_equal(batch["fields"][:, 0].numpy(), field_values(10, 7)[:8, [0, 2, 4]].reshape(24, 2, 4, 4))
 
 
 def first_batch(reader: Reader) -> dict[str, torch.Tensor]:

@@ -356,6 +356,25 @@ def test_another_identity_at_the_place_is_refused(tmp_path, url):
         Writer(Store(url), {"fields": spec["fields"], "tokens": token_spec(1000, 256, 64)}, {"seed": 2}).finished()
 
 
+@pytest.mark.parametrize("bad,dtype", [(np.nan, "float32"), (-np.inf, "bfloat16"), (1e6, "float16")])
+@pytest.mark.parametrize("trajectory", [1, 4])  # of the train split, and of another
+def test_values_that_are_not_finite_are_named_or_allowed(tmp_path, trajectory, bad, dtype):
+    values = FIELDS.copy()
+    values[trajectory, 2, 1, 3, 5] = bad
+    specs = {"fields": field_spec(values.shape, 2, dtype)}
+    attributes = {"kind": "fields", "array": "fields", "splits": {"train": [0, 3], "test": [3, 5]}}
+    place = f"fields holds -?(nan|inf) at trajectory {trajectory}, time 2, channel 1, x 3, y 5, stored as {dtype}; mend"
+    with pytest.raises(DataError, match=place) as caught:
+        write_dataset(str(tmp_path / "a"), specs, {"fields": values}, attributes)
+    assert "\n" not in str(caught.value)
+    if dtype == "float32":
+        write_dataset(str(tmp_path / "b"), specs, {"fields": values}, attributes, allow_nan=True)
+        dataset = Dataset.open(str(tmp_path / "b"))
+        mean = np.nanmean(values[:3], (0, 1, 3, 4), dtype=np.float64)
+        np.testing.assert_allclose(dataset.attributes["statistics"]["mean"], mean)
+        assert np.isnan(dataset.main.read((trajectory,), 2, 3)).sum() == 1
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [

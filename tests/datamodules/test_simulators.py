@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.simulators.fields import trajectory_seed
 from datamodules.simulators.navier_stokes_2d import NavierStokes2D, NavierStokes2DConfig, Solver
 from datamodules.simulators.random_fields import gaussian_random_field
 
@@ -181,16 +182,18 @@ def test_bits_do_not_depend_on_shards_nor_threads_nor_count():
         torch.set_num_threads(threads)
 
 
-def test_trajectory_i_has_seed_base_plus_i():
-    first, later = all_fields(seed=0, batch=1), all_fields(seed=2, batch=1)
-    np.testing.assert_array_equal(first[2:], later[:-2])
+def test_data_sets_of_other_seeds_share_no_trajectory():
+    seeds = [0, 1, 2, 2**32, 2**32 + 1]
+    assert len({trajectory_seed(seed, i) for seed in seeds for i in range(100)}) == 500
+    both = np.concatenate([all_fields(seed=seed) for seed in (0, 1)])
+    assert len(np.unique(both[:, 0].reshape(20, -1), axis=0)) == 20
 
 
 def test_frames_begin_after_the_burn_in():
     np.testing.assert_allclose(all_fields(burn_in=1.0)[:, 0], all_fields()[:, 2], rtol=0, atol=1e-6)
     first = all_fields()[3, 0, 0]
     solver = Solver(16, 1e-3, "fno", 0.05)
-    w0 = gaussian_random_field(16, 2.5, 7.0, 3)
+    w0 = gaussian_random_field(16, 2.5, 7.0, trajectory_seed(0, 3))
     np.testing.assert_allclose(first, solver.field(solver.transform(w0[None]))[0], atol=1e-7)
 
 

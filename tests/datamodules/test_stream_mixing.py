@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from datamodules import registry
 from datamodules.data import FieldsConfig, FieldsData
-from datamodules.format import DataError
+from datamodules.format import ArraySpec, DataError, write_dataset
 from datamodules.mixture import MixtureConfig, MixtureData
 from datamodules.stream.mixing import LONGEST, Mixture, proportions
 from datamodules.stream.order import Order
@@ -168,3 +168,72 @@ def test_refusals(urls: list[str], tmp_path: Path) -> None:
     both = MixtureConfig(sources=[{"url": urls[0]}, {"url": str(tmp_path), "name": "text"}])
     with pytest.raises(DataError, match="kind is text, but the first source has fields"):
         MixtureData(both, global_batch=4).spec()
+
+
+def write_as(url: Path, dtype: str, chunk: int = 1, **parameters: str) -> str:
+    """Fields 0, 1, 2, ... and parameters of given types, one number for each trajectory."""
+    values: dict[str, np.ndarray] = {"fields": np.arange(6 * 4 * 2).reshape(6, 4, 1, 2) % 200}
+    specs = {
+        "fields": ArraySpec((6, 4, 1, 2), dtype, ("trajectory", "time", "channel", "x"), 3, chunk),
+        **{name: ArraySpec((6,), kind, ("trajectory",), 6, 6) for name, kind in parameters.items()},
+    }
+    stored = {name: np.arange(6) + 0.5 for name in parameters} | values
+    kinds = {name: spec.dtype.replace("bfloat16", "float32") for name, spec in specs.items()}
+    attributes = {"kind": "fields", "array": "fields", "channels": ["u"], "splits": {"train": [0, 6]}}
+    write_dataset(str(url), specs, {name: stored[name].astype(kinds[name]) for name in specs}, attributes)
+    return str(url)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 1, 3), (1, 0, 3, 2, 4)])
+def test_sources_of_other_types_and_chunks_give_the_same_numbers(tmp_path: Path, order: tuple[int, ...]) -> None:
+    stored = [("float32", 1), ("int32", 1), ("bfloat16", 1), ("float32", 2), ("uint8", 4)]
+    urls = [write_as(tmp_path / str(i), *stored[i]) for i in order]
+    sources = [{"url": url, "weight": 1, "window_shards": 2} for url in urls]
+    data = MixtureData(MixtureConfig(sources=sources), global_batch=20, seed=1, overrides={"frames": 2})
+    expected = (np.arange(6 * 4 * 2).reshape(6, 4, 1, 2) % 200).astype(np.float32)
+    for batch in itertools.islice(data.train_dataloader(), 6):
+        assert batch["source"].bincount().tolist() == [4] * 5
+        for row, i in zip(batch["fields"].numpy(), (batch["index"] % 18).tolist(), strict=True):
+            assert np.array_equal(row, expected[i // 3, i % 3 : i % 3 + 2])
+    data.teardown()
+
+
+@pytest.mark.parametrize("unit", ["sample", "batch"])
+def test_sources_must_give_the_same_entries(tmp_path: Path, unit: str) -> None:
+    url = write_as(tmp_path / "a", "float32", mu="float64")
+    other = write_as(tmp_path / "b", "float32", mu="float32")
+    bundled = {"input_frames": 1, "output_frames": 3}
+    for first, second, said in (
+        (
+            {"parameters": ["mu"]},
+            {},
+            r"has samples fields float32 \[2, 1, 2\], the first source has .*, mu float64 \[\]",
+        ),
+        ({}, {"parameters": ["mu"]}, r"mu float64 \[\], the first"),
+        ({"pairs": True}, {}, r"lead int64"),
+        (
+            {"input_frames": 1},
+            {"frames": 2},
+            r"has samples fields .*, the first source has input float32 \[1, 1, 2\], target",
+        ),
+        (bundled, {"input_frames": 2, "output_frames": 2}, r"input float32 \[2, 1, 2\]"),
+        ({"parameters": ["mu"]}, {"url": other, "parameters": ["mu"]}, r"mu float32 \[\], the first .* mu float64"),
+    ):
+        sources = [{"url": url, **first}, {"url": url, **second}]
+        data = MixtureData(MixtureConfig(sources=sources, unit=unit), global_batch=2)
+        with pytest.raises(DataError, match=said) as caught:
+            data.train_dataloader()
+        assert "\n" not in str(caught.value) and "the same inputs, pairs, parameters" in str(caught.value)
+    same = [{"url": url, "parameters": ["mu"]}, {"url": url, "parameters": ["mu"]}]
+    data = MixtureData(MixtureConfig(sources=same, unit=unit), global_batch=6)
+    for batch in itertools.islice(data.train_dataloader(), 4):
+        assert np.array_equal(batch["mu"].numpy(), batch["index"].numpy() % 18 // 3 + 0.5)
+    data.teardown()
+
+
+def test_documents_must_be_separated_alike(tmp_path: Path) -> None:
+    for name, separator in (("a", 0), ("b", 7)):
+        write_text(str(tmp_path / name), tokens=300, separator=separator)
+    sources = [{"url": str(tmp_path / name), "name": "text", "seq_len": 16, "documents": True} for name in "ab"]
+    with pytest.raises(DataError, match=r"mask bool \[16\] separated by 7, the first source has .* separated by 0"):
+        MixtureData(MixtureConfig(sources=sources), global_batch=4).train_dataloader()

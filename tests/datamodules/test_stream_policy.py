@@ -15,9 +15,10 @@ import torch
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError, Dataset
-from datamodules.store import Store
+from datamodules.store import Store, Unreachable
 from datamodules.stream.ahead import Ahead
 from datamodules.stream.buffers import KEEP, PAGE, Pool
+from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
 from datamodules.stream.watch import Watch
@@ -158,10 +159,59 @@ def test_verify_first_and_always(tmp_path: Path) -> None:
             with pytest.raises(DataError, match="corrupt"):
                 reader.batch(np.arange(5))
         else:
-            reader.batch(np.arange(5))
+            reader.batch(np.arange(5))  # a file stays open for some seconds; what was verified there is not read again
+            reader._files._open.clear()
+            with pytest.raises(DataError, match="fields/c/0/0/0/0/0: corrupt"):
+                reader.batch(np.arange(5))
         fresh = Reader(dataset, FieldWindows(dataset.main, 0, 8, 3), None, Metrics())
         with pytest.raises(DataError, match="corrupt"):
             fresh.batch(np.arange(5))
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_local_shard_of_another_data_set_is_noticed(tmp_path: Path, always: bool, in_place: bool) -> None:
+    """All its chunks are intact, so that their checksums tell nothing."""
+    ours, other = str(tmp_path / "ours"), str(tmp_path / "other")
+    write_fields(ours)
+    write_fields(other, splits={"train": [0, 8]})
+    dataset, path = Dataset.open(ours), Dataset.open(ours).main.shard_path(0)
+    theirs = (Path(other) / Dataset.open(other).main.shard_path(1)).read_bytes()
+
+    def replaced() -> None:
+        file = Path(ours) / path
+        if not in_place:
+            file.unlink()
+        file.write_bytes(theirs)
+
+    running = Reader(dataset, FieldWindows(dataset.main, 0, 8, 3), None, Metrics(), always)
+    running.batch(np.arange(5))
+    replaced()
+    running._files._open.clear()
+    with pytest.raises(DataError, match=f"{path}: .* of another data set: its checksum differs") as caught:
+        running.batch(np.arange(5))
+    assert "\n" not in str(caught.value)
+    fresh = Reader(dataset, FieldWindows(dataset.main, 0, 8, 3), None, Metrics(), always)
+    if always:
+        with pytest.raises(DataError, match="of another data set"):
+            fresh.batch(np.arange(5))
+    else:
+        fresh.batch(np.arange(5))
+    (Path(ours) / path).write_bytes(theirs + b"1")
+    for reader in (running, fresh):
+        reader._files._open.clear()
+        with pytest.raises(DataError, match=f"{path}: too long, {len(theirs) + 1} bytes instead of {len(theirs)}"):
+            reader.batch(np.arange(5))
+
+
+def test_touched_files_are_read_on(tmp_path: Path) -> None:
+    write_fields(str(tmp_path))
+    reader = fields_reader(str(tmp_path))
+    first = reader.batch(np.arange(5))["fields"]
+    for file in (tmp_path / "fields").rglob("0"):
+        file.touch()
+    reader._files._open.clear()
+    assert torch.equal(reader.batch(np.arange(5))["fields"], first)
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])
@@ -182,9 +232,62 @@ def test_data_that_change_under_a_run_are_noticed(memory: str, tmp_path: Path, w
         reader._files._open.clear()
     assert reader.batch(np.arange(4))["fields"].shape == first["fields"].shape  # not looked again yet
     now[0] += 61
+    deadline = time.monotonic() + 20
     with pytest.raises(DataError, match=r"changed while it was read \(fingerprint \w{12} is now \w{12}\)") as caught:
-        reader.batch(np.arange(4))
+        while time.monotonic() < deadline:  # nobody waits for a look at a remote store
+            reader.batch(np.arange(4))
     assert "\n" not in str(caught.value) and url in str(caught.value)
+
+
+def test_nobody_waits_for_a_store_that_is_out(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fields(memory)
+    reader = fields_reader(memory, ShardCache(str(tmp_path), 1 << 20))
+    first, now, looks = reader.batch(np.arange(24)), [0.0], []
+    out, ended = threading.Event(), threading.Event()
+
+    def hangs(self: Store, path: str) -> bytes:
+        looks.append(path)
+        assert out.wait(20)
+        ended.set()
+        raise Unreachable("no route")
+
+    reader._watch = Watch(reader.dataset, clock=lambda: now[0])
+    monkeypatch.setattr(Store, "read", hangs)
+    for _ in range(3):
+        now[0] += 61
+        assert torch.equal(reader.batch(np.arange(24))["fields"], first["fields"])
+    out.set()
+    assert ended.wait(20) and looks == ["manifest.json"]
+    assert torch.equal(reader.batch(np.arange(24))["fields"], first["fields"])
+    deadline = time.monotonic() + 20
+    while len(looks) < 2 and time.monotonic() < deadline:  # and one looks again later
+        now[0] += 61
+        reader.batch(np.arange(24))
+    assert len(looks) >= 2
+
+
+def test_bytes_go_straight_into_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA batches are torch's pinned memory; that it can be had is pretended here."""
+    write_fields(str(tmp_path))
+    reader, plain = (fields_reader(str(tmp_path)) for _ in range(2))
+    expected = plain.batch(np.array([7, 0, 3]))["fields"]
+    empty, pinned = torch.empty, set()
+
+    def pretended(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        if pin_memory:
+            pinned.add(made.data_ptr())
+        return made
+
+    def refused(*_: int) -> None:
+        raise AssertionError("bytes took a way round")
+
+    monkeypatch.setattr(torch, "empty", pretended)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(reader._pool, "take", refused)
+    batch = reader.batch(np.array([7, 0, 3]))["fields"]
+    assert batch.data_ptr() in pinned and torch.equal(batch, expected)
 
 
 def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import ArraySpec, DataError, Dataset, write_dataset
+from datamodules.stream import normalisation
+from datamodules.stream.cache import ShardCache
 from datamodules.stream.direct import Direct
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
@@ -196,3 +198,87 @@ def test_direct_reads_hit_the_limits_of_a_request(tmp_path: Path, monkeypatch: p
     at = Located(np.array([11]), np.array([5]), np.array([1]))
     slab, _ = reader._pool.take(1, 9, reader._direct.payload)
     assert not Direct(dataset.main, 9).read_whole(at, slab, lambda k: None)
+
+
+def square(url: str) -> str:
+    """As many trajectories as frames, grid points and channels; no train split, so no statistics."""
+    axes = ("trajectory", "time", "channel", "x")
+    specs = {
+        "u": ArraySpec((4, 4, 4, 4), "float32", axes, 2),
+        "p": ArraySpec((4, 4, 2, 4), "float32", ("trajectory", "time", "part", "x"), 2),
+        **{name: ArraySpec((4,), "float64", (name,), 4, 4) for name in ("time", "x")},
+        "mu": ArraySpec((4,), "float64", ("trajectory",), 4, 4),
+    }
+    values = {name: np.random.default_rng(i).normal(i, 2.0, spec.shape) for i, (name, spec) in enumerate(specs.items())}
+    values = {name: value.astype(specs[name].dtype) for name, value in values.items()} | {"time": np.arange(4.0)}
+    attributes = {"kind": "fields", "array": "u", "channels": list("abcd"), "splits": {"test": [0, 3]}}
+    write_dataset(url, specs, values, attributes)
+    return url
+
+
+def test_only_arrays_over_trajectories_select_them(tmp_path: Path) -> None:
+    url = square(str(tmp_path))
+    assert select(Dataset.open(url), Dataset.open(url).main, "mu<99").only is not None
+    for text in ("time<2", "x<1"):
+        with pytest.raises(DataError, match=r"no array '\w+' with one entry for each of 4 trajectories; it has mu$"):
+            module(url, train=text).train_dataloader()
+    with pytest.raises(DataError, match="no array 'time'"):
+        module(url, train="0:4", parameters=["time"]).train_dataloader()
+
+
+def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    axes = tuple(i for i in range(values.ndim) if i != 2)
+    return values.astype(np.float64).mean(axes), values.astype(np.float64).std(axes)
+
+
+def test_statistics_are_of_what_is_trained_on(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = field_values(N, T)
+    viscous = np.flatnonzero(VISCOSITY[:8] >= 1e-3)
+    for train, expected in (
+        ("train", values[:8]),
+        ("0:8", values[:8]),
+        ("0:3", values[:3]),
+        ("test", values[10:]),
+        ("train, frames=2:5", values[:8, 2:5]),
+        ("train, viscosity>=1e-3", values[viscous]),
+    ):
+        spec, (mean, std) = module(url, train=train).spec(), moments(expected)
+        np.testing.assert_allclose(spec["mean"], mean, rtol=1e-12)
+        np.testing.assert_allclose(spec["std"], std, rtol=1e-12)
+    monkeypatch.setattr(normalisation, "LIMIT", 6 * 4 * values[0, 0].nbytes)  # then evenly spaced frames
+    (mean, _), found = (
+        moments(values[:3, :].reshape(1, 27, 2, 4, 4)[:, np.arange(24) * 27 // 24]),
+        module(url, train=":3"),
+    )
+    np.testing.assert_allclose(found.spec()["mean"], mean, rtol=1e-12)
+
+    other = square(str(tmp_path))
+    held = Dataset.open(other)
+    data = np.stack([held.arrays["u"].read((i,), 0, 4) for i in range(3)])
+    spec = module(other, train="test").spec()
+    assert spec["channels"] == list("abcd")
+    np.testing.assert_allclose((spec["mean"], spec["std"]), moments(data), rtol=1e-12)
+    data = np.stack([held.arrays["p"].read((i,), 0, 4) for i in range(3)])
+    spec = module(other, train="test", variable="p").spec()
+    assert spec["channels"] == ["p_0", "p_1"]
+    np.testing.assert_allclose((spec["mean"], spec["std"]), moments(data), rtol=1e-12)
+
+
+def test_statistics_of_remote_data_are_read_once(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(memory)
+    found = module(memory, train="0:3", cache=str(tmp_path)).spec()
+    np.testing.assert_allclose(found["mean"], moments(field_values(N, T)[:3])[0], rtol=1e-12)
+    cache = ShardCache(str(tmp_path), 1 << 20)
+    assert 0 < cache.used() < 1000
+    monkeypatch.setattr(normalisation, "_read", None)
+    again = module(memory, train="0:3", cache=str(tmp_path)).spec()
+    assert (again["mean"], again["std"]) == (found["mean"], found["std"])
+
+
+def test_channels_must_have_names(tmp_path: Path) -> None:
+    specs = {"u": ArraySpec((2, 3, 2, 4), "float32", ("trajectory", "time", "channel", "x"), 2)}
+    attributes = {"kind": "fields", "array": "u", "splits": {"train": [0, 2]}}
+    write_dataset(str(tmp_path), specs, {"u": np.zeros((2, 3, 2, 4), np.float32)}, attributes)
+    with pytest.raises(DataError, match="names 0 channels, but u has 2; make or import") as caught:
+        module(str(tmp_path)).spec()
+    assert "\n" not in str(caught.value)

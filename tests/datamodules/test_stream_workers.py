@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from typing import Any
+import pickle
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.loader import StreamingDataset
+from datamodules.mixture import MixtureConfig, MixtureData
+from datamodules.module import StreamingDataModule
 from datamodules.store import Store
+from datamodules.stream.metrics import Metrics
 
 from .samples import field_values, write_fields
 
@@ -47,32 +53,91 @@ def taken(stream: Any, workers: int, count: int, how: str = "fork") -> list[dict
     return found
 
 
+class Kind(NamedTuple):
+    """What is streamed, and the samples that it has by id."""
+
+    url: str
+    config: dict[str, Any]
+    samples: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Kind]]]:
+    """Several kinds of samples, on disk and in memory, the simplest remote store."""
+    memory = Store("memory://keel-tests/workers")
+    memory.delete_tree()
+    splits = {"train": [0, 10], "validation": [10, 13]}
+    values = field_values(13, 7)
+    windows = np.stack([values[i // 5, i % 5 : i % 5 + 3] for i in range(50)])
+    apart = [(i, i + lead) for lead in range(1, 7) for i in range(7 - lead)]
+    pairs = np.stack([values[t, list(pair)] for t in range(10) for pair in apart])
+    found: dict[str, list[Kind]] = {}
+    for place, base in (("local", str(tmp_path_factory.mktemp("kinds"))), ("remote", memory.url)):
+        plain, packed = f"{base}/plain", f"{base}/packed"
+        write_fields(plain, trajectories=13, per_shard=4, splits=splits)
+        write_fields(packed, trajectories=13, per_shard=4, splits=splits, level=1)
+        sources = [{"url": plain, "weight": 3, "window_shards": 2}, {"url": packed, "window_shards": 2}]
+        found[place] = [
+            Kind(plain, {"frames": 3}, windows),
+            Kind(packed, {"frames": 3}, windows),
+            Kind(plain, {"pairs": True}, pairs),
+            Kind("", {"sources": sources}, np.concatenate([windows, windows])),
+        ]
+    yield found
+    memory.delete_tree()
+
+
+def data_of(kind: Kind, world: int, rank: int, micro: int = 0, **config: Any) -> StreamingDataModule:
+    sizes: dict[str, int] = {"global_batch": BATCH, "micro_batch": micro, "seed": 3}
+    data: StreamingDataModule
+    if "sources" in kind.config:
+        sources = [{**source, **config} for source in kind.config["sources"]]
+        data = MixtureData(MixtureConfig(sources=sources), **sizes, overrides={"frames": 3})
+    else:
+        given = {"url": kind.url, "window_shards": 2, **kind.config, **config}
+        data = FieldsData(FieldsConfig(**given), **sizes)
+    data.configure(world, rank)
+    return data
+
+
 def legs() -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
     """World size, workers, micro-batch and global batches of each part of a run."""
     leg = st.tuples(st.sampled_from(WORLDS), st.integers(0, 4), st.sampled_from([0, 1, 3]), st.integers(1, 3))
     return st.lists(leg, min_size=1, max_size=3)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(legs=legs())
-def test_any_world_and_workers_resume_from_any_other(fields: str, legs: list[tuple[int, int, int, int]]) -> None:
-    """Worker processes are started on one rank, drawn by the leg; the split among ranks is the same arithmetic for all."""
+@settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(legs=legs(), source=st.sampled_from(["local", "cached", "ranges"]), which=st.integers(0, 3))
+@example(legs=[(2, 2, 3, 1), (4, 1, 0, 1)], source="cached", which=3)
+def test_any_world_and_workers_resume_from_any_other(
+    kinds: dict[str, list[Kind]],
+    tmp_path_factory: pytest.TempPathFactory,
+    legs: list[tuple[int, int, int, int]],
+    source: str,
+    which: int,
+) -> None:
+    """The first two ranks have worker processes; the split among ranks is the same arithmetic for all."""
+    kind = kinds["local" if source == "local" else "remote"][which]
+    config: dict[str, Any] = {"fetch": "ranges"} if source == "ranges" else {}
+    if source == "cached":
+        config = {"fetch": "shards", "cache": str(tmp_path_factory.mktemp("cache"))}
     state: dict[str, Any] | None = None
     read: list[int] = []
     for world, workers, micro, steps in legs:
         rows, micro = [], micro if BATCH // world % max(1, micro) == 0 else 0
         for rank in range(world):
-            data = fields_data(fields, world, rank, micro)
+            data = data_of(kind, world, rank, micro, **config)
             if state:
                 data.load_state_dict(state)
-            used = workers if rank == (workers + steps) % world else 0
-            batches = taken(data.train_dataloader(), used, steps * data.share.accumulation)
+            batches = taken(data.train_dataloader(), workers if rank < 2 else 0, steps * data.share.accumulation)
+            for batch in batches:
+                assert np.array_equal(batch["fields"].numpy(), kind.samples[batch["index"].numpy()])
             rows.append(torch.cat([b["index"] for b in batches]).reshape(steps, -1))
             data.advance(BATCH * steps)
             last = data.state_dict()
         state = last
         read += torch.cat(rows, dim=1).reshape(-1).tolist()
-    assert read == fields_data(fields, 1, 0).order.at(np.arange(len(read))).tolist()
+    assert read == data_of(kind, 1, 0).order.at(np.arange(len(read))).tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
@@ -122,3 +187,42 @@ def test_plain_iterable(fields: str) -> None:
     with pytest.raises(ValueError, match="frame: no such field of FieldsConfig"):
         StreamingDataset(fields, global_batch=4, frame=3)
     assert Store(fields).is_local
+
+
+def test_a_lock_held_at_the_fork_stalls_no_worker(fields: str) -> None:
+    data = fields_data(fields, 1, 0)
+    with data.metrics._lock:  # as by a thread that is counting
+        copied: list[Any] = []
+        copy = threading.Thread(target=lambda: copied.append(pickle.loads(pickle.dumps(data.metrics))), daemon=True)
+        copy.start()
+        copy.join(20)
+        assert not copy.is_alive() and copied[0].snapshot()["batches"] == 0
+        loader = DataLoader(data.train_dataloader(), batch_size=None, num_workers=1, timeout=20)
+        assert next(iter(loader))["index"].tolist() == data.order.at(np.arange(BATCH)).tolist()
+    data.teardown()
+
+
+@pytest.mark.parametrize(("workers", "how"), [(0, ""), (3, "fork"), (1, "spawn")])
+def test_metrics_count_what_workers_read(fields: str, workers: int, how: str) -> None:
+    data = fields_data(fields, 1, 0, micro=8)
+    taken(data.val_dataloader(), workers, 99, how)  # reads the two batches that there are and no more
+    found = data.metrics.snapshot()
+    assert (found["batches"], found["samples"]) == (2, 15)
+    assert found["used"] == 15 * 3 * 2 * 16 * 4 and found["fetched"] == 15 * 3 * (2 * 16 * 4 + 4)
+    taken(data.val_dataloader(), 0, 99)
+    assert data.metrics.snapshot()["samples"] == 30 == data.metrics.samples
+
+
+def test_metrics_that_nobody_asks_for_wait(fields: str) -> None:
+    """A pipe that is full stalls no worker, and what did not fit comes later."""
+    parent, child = Metrics(), Metrics()
+    child.report_to(parent)
+    for _ in range(3000):
+        child.add(samples=2, fetched=1 << 40)
+    held = parent.snapshot()["samples"]
+    assert 0 < held < 6000
+    child.add(batches=1)
+    assert parent.snapshot() == {**child.snapshot(), "wait": 0.0} and parent.fetched == 3000 << 40
+    del parent
+    child.add(samples=1)
+    assert child.snapshot()["samples"] == 6001

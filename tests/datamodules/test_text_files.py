@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
+import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import registry
+from datamodules import registry, text_files
 from datamodules.data import TextConfig, TextData
 from datamodules.format import DataError, Dataset
 from datamodules.make import MakeConfig, make
 from datamodules.store import Store
-from datamodules.text_files import TextFiles, TextFilesConfig, text_documents
+from datamodules.text_files import Document, TextFiles, TextFilesConfig, text_documents
 from datamodules.tokenizer import Bpe, tokenizer_of
 from tests.conftest import unavailable
 
@@ -115,15 +118,87 @@ def test_packed_documents_are_told_apart(corpus: str, tmp_path: Path) -> None:
 
 def test_paths_patterns_and_stores(corpus: str, memory: str) -> None:
     def names(**config: Any) -> set[str]:
-        return {name for name, _ in text_documents(TextFilesConfig(**config), 0)}
+        return {document.name for document, _ in text_documents(TextFilesConfig(**config), 0)}
 
     assert len(names(paths=[corpus])) == 30 and names(paths=[corpus], pattern="*.md") == {"notes.md"}
     assert names(paths=[f"{corpus}/0.txt", f"{corpus}/notes.md"]) == {"0.txt", "notes.md"}
     Store(memory).write("a/b.txt", b"there")
     assert names(paths=[memory]) == {"a/b.txt"} == {f"a/{n}" for n in names(paths=[f"{memory}/a"])}
-    limited = text_documents(TextFilesConfig(paths=[corpus], max_bytes=1000), 0)
-    assert limited == text_documents(TextFilesConfig(paths=[corpus]), 0)[: len(limited)]
+    limited = list(text_documents(TextFilesConfig(paths=[corpus], max_bytes=1000), 0))
+    assert limited == list(text_documents(TextFilesConfig(paths=[corpus]), 0))[: len(limited)]
     assert sum(len(text.encode()) for _, text in limited) <= 1000
+
+
+def test_equal_names_in_several_places_are_documents_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b", "b/below"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part-0.txt").write_text(f"of {folder}")
+
+    def texts(*paths: str) -> list[str]:
+        config = TextFilesConfig(paths=[f"{tmp_path}/{path}" for path in paths])
+        return sorted(text for _, text in text_documents(config, 0))
+
+    assert texts("a", "b") == ["of a", "of b", "of b/below"]
+    assert texts("a/part-0.txt", "b/part-0.txt") == ["of a", "of b"]
+    assert texts("b", "b/below", "b/part-0.txt") == ["of b", "of b/below"]  # each file once
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_shards_are_those_of_the_whole_and_workers_get_what_was_found_out(
+    corpus: str, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tokenizer == "bpe":
+        need_tokenizers()
+    monkeypatch.setattr(text_files, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr(text_files, "SOME", 3)
+    config = TextFilesConfig(paths=[corpus], tokenizer=tokenizer, vocab_size=300)
+    generator = TextFiles(config, 0, 128)
+    spec, digest = generator.specs()["tokens"], generator.source()["tokens_sha256"]
+    worker = pickle.loads(pickle.dumps(generator))
+    monkeypatch.setattr(text_files, "_listed", None)  # neither reads the corpus through nor trains again
+    monkeypatch.setattr(Bpe, "train", None)
+    shards = [worker.values("tokens", k) for k in range(spec.shards)]
+    assert spec.shards > 10 and [len(shard) for shard in shards] == [spec.shard_extent(k) for k in range(spec.shards)]
+    assert hashlib.sha256(np.concatenate(shards).data).hexdigest() == digest == worker.source()["tokens_sha256"]
+    assert worker.attributes() == generator.attributes()
+
+
+def test_memory_is_that_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "0123456789abcdef" * 4096
+    for i in range(200):  # 13 MB
+        (tmp_path / f"{i}.txt").write_text(line)
+    monkeypatch.setattr(text_files, "SOME_BYTES", 2**18)
+    generator = TextFiles(TextFilesConfig(paths=[str(tmp_path)]), 0, 2**18)
+    tracemalloc.start()
+    try:
+        generator.source()
+        for k in range(generator.specs()["tokens"].shards):
+            generator.values("tokens", k)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_document_is_read_once_for_all_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("0123456789abcdef" * 100)
+    monkeypatch.setattr(text_files, "CHUNK_TOKENS", 64)
+    generator = TextFiles(TextFilesConfig(paths=[str(tmp_path)], validation=0, test=0), 0, 64)
+    assert generator.specs()["tokens"].shards == 26
+    read, real = [], Document.text
+    monkeypatch.setattr(Document, "text", lambda self: read.append(self) or real(self))
+    shards = [generator.values("tokens", k) for k in [*range(26), 3]]
+    assert bytes(np.concatenate(shards[:-1])) == b"0123456789abcdef" * 100 + b"\0"
+    assert len(read) == 1 and (shards[-1] == shards[3]).all()
+
+
+def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    generator = TextFiles(TextFilesConfig(paths=[str(path)], validation=0, test=0), 0, 2**20)
+    generator.source()
+    path.write_text("behind")
+    with pytest.raises(DataError, match=r"a\.txt: changed while the data set was being made"):
+        generator.values("tokens", 0)
 
 
 def test_refusals(corpus: str, tmp_path: Path) -> None:

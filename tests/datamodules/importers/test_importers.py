@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray
 
-from datamodules.format import Dataset, verify
+from datamodules.format import DataError, Dataset, verify
 from datamodules.importers.run import ImportConfig, import_data
 
 from .layouts import T, X, Y, darcy, flow, gas, groups, tensor, values, well
@@ -190,3 +190,41 @@ def test_from_s3_to_s3(tmp_path: Path, s3) -> None:
     dataset = Dataset.open(url)
     np.testing.assert_allclose(dataset.main.read((1,), 0, T)[:, 0], written["density"][1], rtol=2**-8)
     assert dataset.main.spec.dtype == "bfloat16" and verify(url) == []
+
+
+def staggered(path: Path) -> xarray.Dataset:
+    """Velocities on the faces of cells, a name without numbers, and a number for the whole file."""
+    data = xarray.Dataset(
+        {
+            "u": (("time", "y", "xu"), values((T, Y, X + 1))),
+            "v": (("time", "yv", "x"), values((T, Y + 1, X), 1)),
+            "station": (("y",), np.array(["a"] * Y)),
+            "nu": ((), 0.25),
+            "time_bounds": (("time", "edge"), values((T, 2), 2)),
+        },
+        coords={"time": ("time", np.arange(T), {"bounds": "time_bounds"})},
+    )
+    data.to_netcdf(path, engine="h5netcdf")
+    return data
+
+
+def test_variables_that_fit_nowhere_are_named_or_left_out_on_purpose(tmp_path: Path) -> None:
+    data = staggered(tmp_path / "a.nc")
+    with pytest.raises(
+        DataError, match=r"a\.nc: fits nowhere: v \(time, yv, x\) float32; station \(y\) .*-o variables=u"
+    ):
+        imported(tmp_path, tmp_path / "a.nc")
+    dataset = imported(tmp_path, tmp_path / "a.nc", options={"variables": "u"})
+    assert sorted(dataset.arrays) == ["fields", "nu", "time"]  # bounds describe the times: no data
+    np.testing.assert_array_equal(whole(dataset)[0, :, 0], data["u"].values)
+    np.testing.assert_array_equal(whole(dataset, "nu"), [0.25])
+
+
+def test_units_given_are_added_to_those_of_the_files(tmp_path: Path) -> None:
+    axes = ("member", "time", "lat", "lon")
+    netcdf(axes).to_netcdf(tmp_path / "a.nc", engine="h5netcdf")
+    dataset = imported(
+        tmp_path, tmp_path / "a.nc", options={"space": "lat,lon"}, attributes={"units": {"u": "km/h", "drag": "1"}}
+    )
+    units = {"h": "m", "u": "km/h", "drag": "1", "time": "hours since 2000-01-01"}
+    assert dataset.attributes["units"] == units

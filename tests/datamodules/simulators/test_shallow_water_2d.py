@@ -102,8 +102,9 @@ def test_a_dam_in_the_middle_stays_symmetric():
 
 def test_columns_have_the_drawn_radius_and_height():
     generator = ShallowWater2D(replace(CONFIG, inner_height=[1.5, 3.0], resolution=64), 0, 1 << 20)
-    for i, state in enumerate(generator.group(0)):
-        radius, inner = generator.draw("radius", i), generator.draw("inner_height", i)
+    states = generator.group(0)
+    for seed, state in zip(generator.seeds(0, len(states)), states, strict=True):
+        radius, inner = generator.draw("radius", seed), generator.draw("inner_height", seed)
         volume = (state[0, 0] - 1).mean() * 25
         assert math.isclose(volume, math.pi * radius**2 * (inner - 1), rel_tol=0.01)
         assert math.isclose(state[0, 0].max(), inner) and not state[0, 1:].any()

@@ -23,7 +23,7 @@ def make(cls: type, seed: int = 0, shard_bytes: int = 10**7, **config: Any) -> A
 
 def parameters(generator: Any, count: int = 1) -> dict[str, Tensor]:
     """The drawn parameters of the first trajectories, [count] each; without axes for one."""
-    p = generator.parameters([generator.seed + i for i in range(count)])
+    p = generator.parameters(generator.seeds(0, count))
     return {name: value[0] for name, value in p.items()} if count == 1 else p
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pickle
 import sys
 from types import ModuleType
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from datamodules.simulators.dysts_system import DystsSystem
+from tests.conftest import unavailable
 
 from .helpers import make
 
@@ -44,7 +47,8 @@ class Shift:
 @pytest.fixture
 def dysts(monkeypatch) -> None:
     flows, maps = ModuleType("dysts.flows"), ModuleType("dysts.maps")
-    for module, members in ((flows, {"Spiral": Flow, "Failing": Failing}), (maps, {"Shift": Shift})):
+    held = ((flows, {"Spiral": Flow, "Failing": Failing, "Both": Flow}), (maps, {"Shift": Shift, "Both": Shift}))
+    for module, members in held:
         for name, value in members.items():
             setattr(module, name, type(name, (value,), {"__module__": module.__name__}))
     flows.DynSys = object  # type: ignore[attr-defined]
@@ -76,6 +80,36 @@ def test_a_map():
     np.testing.assert_allclose(g.group(0)[0, :, 0], 0.5 + 2 * np.arange(6, 26))
     with pytest.raises(ValueError, match=r"dt_save=0.5: must be a whole number of iterations"):
         make(DystsSystem, system="Shift", dt_save=0.5)
+
+
+@pytest.mark.usefixtures("dysts")
+def test_a_name_of_a_flow_and_a_map():
+    assert not make(DystsSystem, system="Both").is_map and not make(DystsSystem, system="Both", kind="flow").is_map
+    assert make(DystsSystem, system="Both", kind="map", dt_save=1.0).is_map
+    with pytest.raises(ValueError, match="system=Shift: dysts has no such flow"):
+        make(DystsSystem, system="Shift", kind="flow")
+    with pytest.raises(ValueError, match="kind='flux': unknown"):
+        make(DystsSystem, kind="flux")
+
+
+def test_the_package_itself():
+    """Names that both have, against the equations; a flow keeps to dysts' own period; a worker gets a copy."""
+    if importlib.util.find_spec("dysts") is None:
+        unavailable("dysts is not installed: pip install 'keel[chaos]'")
+    flow = make(DystsSystem, system="Duffing", dt_save=0.01, burn_in=0, train=1, validation=0, test=0, batch=1)
+    assert flow.channels == ("x0", "x1", "x2") and not flow.is_map
+    series = flow.group(0)[0]
+    step = 0.01 * flow.system.period
+    x, v = series[:, 0], series[:, 1]
+    np.testing.assert_allclose((x[2:] - x[:-2]) / (2 * step), v[1:-1], atol=5e-3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(flow)).group(0)[0], series)
+    iterated = make(DystsSystem, system="Duffing", kind="map", dt_save=1.0, burn_in=5).group(0)
+    a, b = 2.75, 0.2
+    np.testing.assert_allclose(iterated[:, 1:, 0], iterated[:, :-1, 1], rtol=1e-12)
+    expected = -b * iterated[:, :-1, 0] + a * iterated[:, :-1, 1] - iterated[:, :-1, 1] ** 3
+    np.testing.assert_allclose(iterated[:, 1:, 1], expected, rtol=1e-12)
+    delayed = make(DystsSystem, system="MackeyGlass", frames=10, burn_in=0, train=1, validation=0, test=0, batch=1)
+    assert np.isfinite(delayed.group(0)).all()
 
 
 @pytest.mark.usefixtures("dysts")

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.format import Writer
+from datamodules.make import bundles
 from datamodules.simulators import attractors, skew_product
 from datamodules.simulators.integrators import dopri5, rk4
 from datamodules.simulators.lorenz63 import Lorenz63
 from datamodules.simulators.quadratic_flows import FLOWS, evaluate
 from datamodules.simulators.skew_product import COLUMNS, WIDTH, SkewProduct, draw_system
+from datamodules.store import Store
 
 from .helpers import largest_exponent, make, parameters
 
@@ -176,7 +179,7 @@ def test_systems_and_trajectories(made):
     assert (rows[0] != rows[2]).any() and (series[0, 0] != series[1, 0]).all()
     assert np.abs(series).max() < attractors.LIMIT
     assert g.specs()["parameters"].attributes["columns"] == COLUMNS
-    drawn = [draw_system(g.config, skew_product.trajectory_rng(2, f"system {k}")) for k in range(100)]
+    drawn = [draw_system(g.config, skew_product.trajectory_rng(g.seeds(2, 3)[0], f"system {k}")) for k in range(100)]
     system = next(system for system in drawn if (system.row == rows[2]).all())
     again = dopri5(g.rhs([system]), torch.from_numpy(series[2:3, 10]), [0.05], 1e-10, 1e-10)
     np.testing.assert_allclose(again[0, 0], series[2, 11], rtol=1e-4, atol=1e-4)
@@ -186,6 +189,18 @@ def test_parameters_do_not_depend_on_who_made_the_fields(made):
     g, _ = made
     alone = skew(train=2, validation=0, test=2, batch=4, frames=40, dt_save=0.05)
     np.testing.assert_array_equal(alone.values("parameters", 0), g.values("parameters", 0))
+
+
+def test_whoever_makes_the_fields_makes_the_parameters_without_solving_again(tmp_path, monkeypatch):
+    g = skew(train=4, validation=0, test=0, batch=2, frames=10, shard_bytes=1)
+    jobs = bundles(Writer(Store(str(tmp_path)), g.specs(), {}))
+    assert [("fields", 1), ("parameters", 1)] in jobs and [("time", 0)] in jobs
+    solved = []
+    real = SkewProduct.solve
+    monkeypatch.setattr(SkewProduct, "solve", lambda self, seeds: solved.append(seeds) or real(self, seeds))
+    for name, k in [("fields", 1), ("parameters", 1)]:
+        g.values(name, k)
+    assert len(solved) == 1
 
 
 def test_hopeless_configs_end_in_one_line(monkeypatch):
