@@ -224,21 +224,25 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     bench = Bench(args, folder)
+
+    def figures() -> dict[str, Any]:
+        return {
+            "rows": bench.rows, "limits": bench.limits, "quick": args.quick, "workers": args.workers,
+            "repeats": args.repeats, "minutes": (time.time() - began) / 60, **report.environment(bench.pythons),
+        }  # fmt: skip
+
     try:
         log = start_ceph(folder / "ceph") if "s3" in args.source else folder / "none"
         for name in args.case:
             for source in args.source:
                 bench.case(cases(args.quick)[name], source, log)
+                # The report is more than one table; what there is of it is kept, should a later case fail.
+                save(argparse.Namespace(json=args.json, markdown=None), figures())
+                report.show_all(figures(), args.markdown)
     finally:
         subprocess.run(["bash", str(CEPH), "down", str(folder / "ceph")], check=False)
         if not args.folder:
             shutil.rmtree(folder, ignore_errors=True)
-    figures = {
-        "rows": bench.rows, "limits": bench.limits, "quick": args.quick, "workers": args.workers,
-        "repeats": args.repeats, "minutes": (time.time() - began) / 60, **report.environment(bench.pythons),
-    }  # fmt: skip
-    save(argparse.Namespace(json=args.json, markdown=None), figures)  # the report is more than one table
-    report.show_all(figures, args.markdown)
 
 
 if __name__ == "__main__":

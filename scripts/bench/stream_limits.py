@@ -47,7 +47,7 @@ def readinto(case: Case, folder: str, cold: bool, seconds: float) -> float:
     todo = spans(case, folder)
     if cold:
         forget(folder)
-    handles = {path: os.open(os.path.join(folder, path), os.O_RDONLY) for path, _, _ in todo}
+    handles = {path: os.open(os.path.join(folder, path), os.O_RDONLY) for path in {path for path, _, _ in todo}}
     largest = max(end - start for _, start, end in todo)
     rows = [memoryview(bytearray(largest)) for _ in range(BATCH)]
     for row in rows:
@@ -106,6 +106,8 @@ def gets(url: str, store: Store, todo: list[Span]) -> float:
                     raise OSError(f"{path}: short answer")
         except Exception as error:
             faults.append(error)
+        finally:
+            connection.close()
 
     threads = [threading.Thread(target=work) for _ in range(CONNECTIONS)]
     began = time.perf_counter()
