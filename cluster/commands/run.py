@@ -38,9 +38,17 @@ def register(commands: Any) -> None:
             "Continues the run at URL from its last committed checkpoint, in the exact order of its data, on any\n"
             "number of processes. Overrides are kept in the run's config.yaml."
         ),
-        example="keel resume runs/demo_fno resources.processes_per_node=1\nkeel resume runs/demo_fno train.max_steps=400",
+        example=(
+            "keel resume runs/demo_fno resources.processes_per_node=1\nkeel resume runs/demo_fno train.max_steps=400\n"
+            "keel resume s3://bucket/fno --on configs/clusters/slurm.yaml nodes=2"
+        ),
     )
     add_url(parser)
+    parser.add_argument(
+        "--on", metavar="FILE", help="as a job on this cluster (see `keel submit`), not in this terminal"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="with --on: only print what would be submitted")
+    parser.add_argument("--detach", action="store_true", help="with --on: on this machine, return at once")
     add_overrides(parser, "the run's config")
 
     parser = add_command(
@@ -84,7 +92,6 @@ def train(args: argparse.Namespace) -> int:
     # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
     from trainer.build import accelerator_name
     from trainer.distributed import init_process_group, on_rank_zero
-
     from trainer.restarts import count
 
     if count():  # by torchrun, after a failure: the run is there
@@ -97,6 +104,12 @@ def train(args: argparse.Namespace) -> int:
 def resume(args: argparse.Namespace) -> int:
     from trainer.lifecycle import prepare_resume
 
+    if args.on:
+        from cluster.commands.submit import resume_on
+
+        return resume_on(args)
+    if args.dry_run or args.detach:
+        raise ValueError("--dry-run and --detach need --on, which says where the job would run")
     config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
     return start(config, resume=True)
@@ -133,7 +146,7 @@ def refuse_many_machines(config: RunConfig) -> None:
     if config.resources.nodes > 1 and not _is_worker():
         raise ConfigError(
             f"resources.nodes={config.resources.nodes}: this command starts the processes of one machine; for more, "
-            f"start it with torchrun on each of them"
+            f"`keel submit --on` starts them on a cluster, torchrun by hand"
         )
 
 
@@ -171,7 +184,9 @@ def outcome(url: str) -> str:
         parts.append(f"loss {record['loss']:.4g}")
     speed = record.get("throughput") or {}
     if "mfu" in speed:
-        parts.append(f"mfu {speed['mfu']:.1%} of {speed['peak_flop_per_s'] / 1e12:.4g} TFLOP/s ({speed['peak_source']})")
+        parts.append(
+            f"mfu {speed['mfu']:.1%} of {speed['peak_flop_per_s'] / 1e12:.4g} TFLOP/s ({speed['peak_source']})"
+        )
     if record["status"] == "diverged":
         parts.append(f"diverged at step {record['diverged_step']}")
     if record["status"] in ("preempted", "interrupted"):
