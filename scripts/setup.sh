@@ -49,6 +49,21 @@ say "installing $TORCH (once; it is large)"
 say "installing keel and its test tools"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 
+# What some tests run besides Python: command:package. Without root those tests say what they lack.
+lacking=()
+for need in ip:iproute2 sbatch:slurm-wlm munge:munge; do
+    command -v "${need%%:*}" >/dev/null || lacking+=("${need##*:}")
+done
+if (( ${#lacking[@]} )); then
+    if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+        say "installing ${lacking[*]}"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${lacking[@]}" >/dev/null \
+            || say "could not install ${lacking[*]}; the tests that need it will say so"
+    else
+        say "some tests need ${lacking[*]}; as root: apt-get install ${lacking[*]}"
+    fi
+fi
+
 rm -f .venv/.keel-setup-*
 touch "$stamp"
 say "done: .venv/bin/keel --help"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.slurm import SlurmCluster, slurm_script
+
 CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
 
 CREDENTIALS = {
@@ -175,3 +177,25 @@ def ceph(ceph_server: CephServer, monkeypatch: pytest.MonkeyPatch) -> CephServer
     for name, value in {**ceph_server.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     return ceph_server
+
+
+@pytest.fixture(scope="session")
+def slurm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Slurm on this machine, with two nodes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    try:
+        done = slurm_script("up", str(folder), "2", KEEL_SLURM_CPUS="4", KEEL_SLURM_MEMORY="8000 4000")
+        if done.returncode == 3:  # not installed, and it cannot be installed here
+            unavailable(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        yield SlurmCluster(folder)
+    finally:
+        slurm_script("down", str(folder))
+
+
+@pytest.fixture
+def slurm(slurm_server: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """`slurm_server`, with SLURM_CONF naming it, and no job left to the next test."""
+    monkeypatch.setenv("SLURM_CONF", slurm_server.conf)
+    yield slurm_server
+    slurm_server.clear()

@@ -8,17 +8,15 @@ by SIGTERM or SIGUSR1 after a save, 76 ended by the watchdog, 130 interrupted by
 """
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 from typing import Any
 
+from trainer import restarts
 from trainer.errors import Defect, is_user_error, one_line, wants_traceback
 
 EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
 _EXITS = {"preempted": 75, "interrupted": 130}  # by status of the run
-_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--split", default="test")
     evaluate.add_argument("--limit", type=int, default=0, help="at most this many samples (0: all)")
     arguments = parser.parse_args(argv)
-    _die_with_parent()
+    restarts.die_with_parent()
     try:
         if arguments.command == "fit":
-            from trainer import restarts
             from trainer.run import fit_url
 
             return exit_code(fit_url(arguments.url, resume=arguments.resume or restarts.count() > 0))
@@ -67,16 +64,6 @@ def main(argv: list[str] | None = None) -> int:
 def exit_code(record: dict[str, Any]) -> int:
     """What a run's end is to its launcher."""
     return _EXITS.get(record["status"], 0)
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill this process when its launcher is killed, so that no worker is left over."""
-    parent = os.environ.get("KEEL_PARENT_PID")
-    if not parent or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the call above
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+SNAPSHOT = ".keel-snapshot.json"  # at the root of a snapshot of the code: what `revision` said where it was made
+
 
 def _version(distribution: str) -> str | None:
     try:
@@ -21,7 +24,8 @@ def _version(distribution: str) -> str | None:
 
 
 def revision() -> dict[str, Any]:
-    """`{"revision": commit, "dirty": bool}` of the checkout that holds this code; both None outside of one."""
+    """`{"revision": commit, "dirty": bool}` of the checkout that holds this code, or of which it is a snapshot; both None
+    when there is none."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -35,6 +39,8 @@ def revision() -> dict[str, Any]:
 
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:  # installed below somebody else's repository
+        if (root / SNAPSHOT).is_file():
+            return {"revision": None, "dirty": None} | json.loads((root / SNAPSHOT).read_text())
         return {"revision": None, "dirty": None}
     status = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
     return {"revision": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}

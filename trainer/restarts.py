@@ -1,11 +1,17 @@
 """What a worker learns from the launcher that has started it again."""
 
+import ctypes
 import os
+import signal
+import sys
 
 COUNT = "KEEL_RESTARTS"
 CAUSE = "KEEL_RESTART_CAUSE"
 
+PARENT_PID = "KEEL_PARENT_PID"
+
 EXIT_HANG = 76  # the watchdog ended the process
+_PR_SET_PDEATHSIG = 1
 
 
 def count() -> int:
@@ -16,3 +22,13 @@ def count() -> int:
 def cause() -> str | None:
     """Why, in a few words; None on the first start, or when the launcher is not Keel's."""
     return os.environ.get(CAUSE) or None
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its launcher is killed, so that none is left over."""
+    parent = os.environ.get(PARENT_PID)
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the call above
+        os._exit(1)

@@ -38,9 +38,17 @@ def register(commands: Any) -> None:
             "Continues the run at URL from its last committed checkpoint, in the exact order of its data, on any\n"
             "number of processes. Overrides are kept in the run's config.yaml."
         ),
-        example="keel resume runs/demo_fno resources.processes_per_node=1\nkeel resume runs/demo_fno train.max_steps=400",
+        example=(
+            "keel resume runs/demo_fno resources.processes_per_node=1\nkeel resume runs/demo_fno train.max_steps=400\n"
+            "keel resume s3://bucket/fno --on configs/clusters/slurm.yaml nodes=2"
+        ),
     )
     add_url(parser)
+    parser.add_argument(
+        "--on", metavar="FILE", help="as a job on this cluster (see `keel submit`), not in this terminal"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="with --on: only print what would be submitted")
+    parser.add_argument("--detach", action="store_true", help="with --on: on this machine, return at once")
     add_overrides(parser, "the run's config")
 
     parser = add_command(
@@ -96,6 +104,12 @@ def train(args: argparse.Namespace) -> int:
 def resume(args: argparse.Namespace) -> int:
     from trainer.lifecycle import prepare_resume
 
+    if args.on:
+        from cluster.commands.submit import resume_on
+
+        return resume_on(args)
+    if args.dry_run or args.detach:
+        raise ValueError("--dry-run and --detach need --on, which says where the job would run")
     config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
     return start(config, resume=True)
@@ -132,7 +146,7 @@ def refuse_many_machines(config: RunConfig) -> None:
     if config.resources.nodes > 1 and not _is_worker():
         raise ConfigError(
             f"resources.nodes={config.resources.nodes}: this command starts the processes of one machine; for more, "
-            f"start it with torchrun on each of them"
+            f"`keel submit --on` starts them on a cluster, torchrun by hand"
         )
 
 

@@ -1,28 +1,88 @@
-"""Where a run's processes start: one job, one interface, one file per backend.
+"""Where a run's processes start: one job spec, one interface, one file per backend.
 
-    launch(Job(args=("trainer", "fit", url), processes=2)) -> exit code
+    launch(Job(args=("trainer", "fit", url), processes=2)) -> exit code, on this machine
+    open_backend(cluster).submit(JobSpec(...)) -> job id, anywhere (see `cluster.launch.base`)
 
-A backend starts `job.processes` workers `python -m <args>`, forwards SIGTERM and SIGINT to them, and returns one exit
-code for the job (`EXIT_*`). Workers that were killed, hung or crashed are started again, `job.max_restarts` times; they
-find the number and the cause in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds `PARENT_PID` in its environment ties its life to that process.
+Every backend starts `python -m cluster.launch.node` once per node; that calls `launch`, which starts `job.processes`
+workers `python -m <args>`, forwards SIGTERM and SIGINT to them, and returns one exit code for the job (`EXIT_*`).
+Workers that were killed, hung or crashed are started again, `job.max_restarts` times; they find the number and the cause
+in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds `PARENT_PID` in its environment ties its life to
+that process.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_HANG = 76  # the watchdog ended the process
+EXIT_LOST = 74  # the nodes did not meet, or lost each other
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
 
 PARENT_PID = "KEEL_PARENT_PID"
+WORKER_LOGS = "KEEL_WORKER_LOGS"  # folder of rank-<r>.log: where workers write when the job has an observer
 RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 
-BACKENDS = {"local": "cluster.launch.local:launch"}
+# Name -> "module:Class" (see `cluster.launch.base.Backend`).
+BACKENDS = {
+    "local": "cluster.launch.local_backend:Local",
+    "slurm": "cluster.launch.slurm:Slurm",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The nodes of a job, as one of them sees them.
+
+    Attributes:
+        endpoint: HOST:PORT where node 0 listens.
+        node: number of this node; 0 listens.
+        nodes, max_nodes: how many are needed, and how many may join.
+        join_timeout_s: how long to wait for the others, at the start and after a failure.
+        lost_s: a node that is silent for so long is lost.
+    """
+
+    endpoint: str
+    node: int
+    nodes: int
+    max_nodes: int = 0
+    join_timeout_s: float = 600.0
+    lost_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of the workers: the `count`-th again (0: the first), after `cause`, as attempt `attempt` of the run; this
+    node's ranks begin with `rank`, on `nodes` nodes."""
+
+    count: int
+    cause: str
+    attempt: int
+    rank: int
+    nodes: int
+
+
+class Observer:
+    """What a node does beside its workers. Workers of an observed job write to files, below the folder `WORKER_LOGS`."""
+
+    def attempt(self) -> int:
+        """The number that the next start of the run will have, as this node knows it."""
+        return 1
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all nodes, such as versions."""
+        return {}
+
+    def starting(self, start: Start) -> Mapping[str, str]:
+        """Called before each start of the workers; returns variables for their environment, `WORKER_LOGS` among them."""
+        return {}
+
+    def stopped(self, cause: str) -> None:
+        """Called when the workers have ended otherwise than well; they may be started again."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +99,8 @@ class Job:
         max_restarts: how often workers are started again after one of them failed. Bad input, a requeue and an interrupt
             are no failures of that kind, and after a signal to the job nothing is started again.
         restart_wait_s: pause before the first restart; it doubles with each, up to a minute.
+        group: the other nodes of the job; None when there is only this one.
+        observer: learns of each start; with one, all workers write to files instead of this terminal.
     """
 
     args: tuple[str, ...]
@@ -49,6 +111,8 @@ class Job:
     grace_s: float = 300.0
     max_restarts: int = 0
     restart_wait_s: float = 0.5
+    group: Group | None = None
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         if not self.args:
@@ -76,14 +140,8 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(job: Job, backend: str = "local") -> int:
-    """Runs `job` to its end and returns its exit code.
+def launch(job: Job) -> int:
+    """Runs the workers of `job` on this machine to their end and returns the job's exit code."""
+    from cluster.launch.local import launch as run
 
-    Raises:
-        ValueError: unknown backend.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend}: unknown; one of {', '.join(sorted(BACKENDS))}")
-    module, name = BACKENDS[backend].split(":")
-    run: Callable[[Job], int] = getattr(importlib.import_module(module), name)
     return run(job)

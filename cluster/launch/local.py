@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,17 +28,22 @@ from typing import Any
 
 from cluster.launch import (
     EXIT_HANG,
+    EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     PARENT_PID,
     RESTART_CAUSE,
     RESTARTS,
+    WORKER_LOGS,
     Job,
+    Start,
 )
 
 # Without the current folder on the path: a user's own `trainer.py` there is not Keel's.
 _MODULE = ("-P", "-m")
+# Where a worker of an observed job writes: both streams in one file, appended to, and no process more.
+_TO_FILE = ("/bin/sh", "-c", f'exec "$0" "$@" >>"${WORKER_LOGS}/rank-$RANK.log" 2>&1')
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 _EXIT_INTERRUPTED = 130
@@ -51,8 +55,13 @@ SIMULTANEOUS_S = 2
 
 def launch(job: Job) -> int:
     """Runs `job` on this machine and returns its exit code: 0, or that of the worker that failed first (128 + signal
-    number for a worker that was killed). Must be called from the main thread: it handles signals."""
-    return _launch_one(job) if job.processes == 1 else _launch_many(job)
+    number for a worker that was killed). Must be called from the main thread: it handles signals.
+
+    Raises:
+        meet.Lost: the nodes of the job's group did not meet, or lost each other.
+        ValueError: they do not run the same versions.
+    """
+    return _launch_one(job) if job.processes == 1 and job.group is None else _launch_many(job)
 
 
 def _launch_one(job: Job) -> int:
@@ -63,7 +72,8 @@ def _launch_one(job: Job) -> int:
     fixed = {**_worker_environment(job), **ranks, **rendezvous, **_no_restart()}
     with _environment(fixed), _signals(job, lambda: started) as restarts:
         while True:
-            worker = subprocess.Popen([sys.executable, *_MODULE, *job.args], start_new_session=True)
+            _observe(job, restarts, [])
+            worker = subprocess.Popen(_command(job), start_new_session=True)
             started[:] = [worker.pid]
             raw = worker.wait()
             started.clear()
@@ -79,18 +89,20 @@ def _launch_many(job: Job) -> int:
     # elastic is heavy to import (torch) and not needed for one process.
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
+    from cluster.launch import meet
     from cluster.launch.agent import Agent, failures
 
     _silence("torch.distributed.elastic")
     logs = tempfile.mkdtemp(prefix="keel-ranks-")
     # The agent's own handling of these signals would lose the workers' exit codes; ours forwards them instead.
     environment = {**_worker_environment(job), **_no_restart(), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}
+    agent: Agent | None = None
 
     def workers() -> list[int]:
-        return [worker.id for worker in agent.get_worker_group().workers if isinstance(worker.id, int)]
+        group = agent.get_worker_group().workers if agent else []
+        return [worker.id for worker in group if isinstance(worker.id, int)]
 
     with _environment(environment), _signals(job, workers) as restarts:
 
@@ -98,41 +110,64 @@ def _launch_many(job: Job) -> int:
             rank, code = first_failure(failed)
             return restarts.again(code, f"rank {rank} {_how(code)}")
 
-        rendezvous = get_rendezvous_handler(
-            RendezvousParameters(
-                backend="c10d",
-                endpoint="localhost:0",
-                run_id=uuid.uuid4().hex,
-                min_nodes=1,
-                max_nodes=1,
-                local_addr="127.0.0.1",
+        while True:
+            rendezvous, address = meet.rendezvous(job.group)
+            command = _command(job)
+            spec = WorkerSpec(
+                role="keel",
+                local_world_size=job.processes,
+                entrypoint=command[0],
+                args=tuple(command[1:]),
+                rdzv_handler=rendezvous,
+                max_restarts=job.max_restarts,
+                monitor_interval=0.1,
+                local_addr=address,
             )
-        )
-        spec = WorkerSpec(
-            role="keel",
-            local_world_size=job.processes,
-            entrypoint=sys.executable,
-            args=(*_MODULE, *job.args),
-            rdzv_handler=rendezvous,
-            max_restarts=job.max_restarts,
-            monitor_interval=0.1,
-            local_addr="127.0.0.1",
-        )
-        others = dict.fromkeys(range(1, job.processes), Std.ALL)
-        agent = Agent(
-            spec=spec,
-            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
-            start_method="spawn",
-            again=again,
-        )
-        try:
-            result = agent.run()
-        finally:
+            others = dict.fromkeys(range(1, job.processes), Std.ALL) if job.observer is None else Std.NONE
+            agent = Agent(
+                spec=spec,
+                logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
+                start_method="spawn",
+                again=again,
+                changed=lambda: restarts.counted(meet.CHANGED),
+                note=lambda: {**restarts.note(), **meet.note(job)},
+                starting=lambda notes, group: _observe(job, restarts, notes, group),
+            )
+            failed: dict[int, tuple[int, float]] = {}
+            try:
+                with meet.errors(job.group):
+                    result = agent.run()
+                failed = failures(result) if result.is_failed() else {}
+            except meet.Closed:  # another node has ended the job; this one knows why if its workers failed, too
+                failed = agent.last or {0: (EXIT_LOST, 0.0)}
+            except RendezvousConnectionError:
+                meet.leave(rendezvous)
+                if restarts.again(EXIT_LOST, "the connection to node 0 was lost"):
+                    continue
+                raise meet.Lost("the connection to node 0 was lost") from None
             rendezvous.shutdown()
-    code = _report(failures(result), Path(logs), restarts.count) if result.is_failed() else EXIT_OK
+            break
+    written = logs if job.observer is None else os.environ[WORKER_LOGS]
+    code = _report(failed, Path(written), restarts.count) if failed else EXIT_OK
     if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR):
         shutil.rmtree(logs, ignore_errors=True)
     return code
+
+
+def _command(job: Job) -> list[str]:
+    worker = [sys.executable, *_MODULE, *job.args]
+    return worker if job.observer is None else [*_TO_FILE, *worker]
+
+
+def _observe(job: Job, restarts: _Restarts, notes: list[dict[str, Any]], group: Any = None) -> None:
+    """Before each start: what the nodes agree on, and what the observer wants the workers to know."""
+    from cluster.launch import meet
+
+    rank = group.workers[0].global_rank if group is not None else 0
+    attempt = meet.agree(restarts, notes) if notes else job.observer.attempt() if job.observer else 1
+    if job.observer is not None:
+        start = Start(restarts.count, restarts.cause, attempt, rank, max(1, len(notes)))
+        os.environ.update(job.observer.starting(start))
 
 
 @dataclass
@@ -141,16 +176,27 @@ class _Restarts:
 
     job: Job
     count: int = 0
+    cause: str = ""
     over: bool = False  # the job was told to end
+
+    def note(self) -> dict[str, Any]:
+        """What the other nodes should know of the restarts so far."""
+        return {"count": self.count, "cause": self.cause}
+
+    def counted(self, cause: str, count: int | None = None) -> None:
+        """Counts one more restart, or takes over the `count` of other nodes."""
+        self.count, self.cause = self.count + 1 if count is None else count, cause
+        os.environ.update({RESTARTS: str(self.count), RESTART_CAUSE: cause})
 
     def again(self, code: int, cause: str) -> bool:
         """Whether to start once more after a failure with `code`; returns when it is time to."""
+        if self.job.observer is not None:
+            self.job.observer.stopped(cause)
         final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, _EXIT_INTERRUPTED, -signal.SIGINT)
         if self.over or final or self.count >= self.job.max_restarts:
             return False
         start = time.monotonic() + min(self.job.restart_wait_s * 2**self.count, _LONGEST_WAIT_S)
-        self.count += 1
-        os.environ.update({RESTARTS: str(self.count), RESTART_CAUSE: cause})
+        self.counted(cause)
         count = f"restart {self.count} of {self.job.max_restarts}"
         print(f"keel: warning: {cause}; starting again from the last commit ({count})", file=sys.stderr, flush=True)
         while not self.over and time.monotonic() < start:
@@ -186,7 +232,8 @@ def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0
     """Says in one line what rank 0 could not say on this terminal, and returns the job's exit code."""
     rank, raw = first_failure(failures)
     code = _shell_code(raw)
-    log = next(iter(sorted(logs.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))), None)
+    found = [*logs.glob(f"rank-{rank}.log"), *logs.glob(f"*/attempt_{attempt}/{rank}/stderr.log")]
+    log = found[0] if found else None
     if code == EXIT_USER_ERROR:
         spoken = failures.get(0, (None, 0.0))[0] == EXIT_USER_ERROR
         line = _last_line(log, starting="keel: error:")
@@ -212,9 +259,16 @@ def _worker_environment(job: Job) -> dict[str, str]:
     # Set in this process for as long as workers start: the agent copies this process's environment.
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
     fixed = {"OMP_NUM_THREADS": str(job.threads_per_process), PARENT_PID: str(os.getpid()), "PYTHONPATH": path}
-    if sys.platform == "linux":
-        # One machine talks over loopback: gloo would else look its host name up, which may not resolve.
-        fixed["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo would else look its host name up, which may not resolve: one machine talks over loopback, several over the
+        # interface by which they reach node 0.
+        interface = "lo"
+        if job.group is not None:
+            from cluster.launch.agent import interface_of, local_address
+
+            interface = interface_of(local_address(job.group.endpoint))
+        if interface:
+            fixed["GLOO_SOCKET_IFNAME"] = interface
     return {**fixed, **job.env}
 
 

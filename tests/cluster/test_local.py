@@ -149,11 +149,6 @@ def test_impossible_jobs_are_refused(arguments: dict) -> None:
         Job(**arguments)
 
 
-def test_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend=moon: unknown; one of local"):
-        launch(Job(("a",)), backend="moon")
-
-
 def _launch_in_background(worker: str, folder: Path, action: str, processes: int) -> subprocess.Popen:
     job = f"Job(({worker!r}, {str(folder)!r}, {action!r}), processes={processes})"
     code = f"import sys; from cluster.launch import Job, launch; sys.exit(launch({job}))"
