@@ -77,17 +77,21 @@ def prefetch(
     try:
         for thread in pool:
             thread.start()
-        plan(max(1, depth))
+        plan(1)
+        first = depth > 0
         while ahead:
             begin = time.perf_counter()
             job = ahead.popleft()
-            if depth:
+            if depth and not first:
                 plan(1)
             if job.claim.acquire(blocking=False):
                 job.run(work)
             else:
                 job.ready.acquire()
             result = job.take()
+            if first:  # it had the disk and the network to itself: whoever waits for it waits for nothing else
+                plan(depth)
+                first = False
             waited(time.perf_counter() - begin)
             del job
             yield result
