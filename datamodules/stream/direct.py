@@ -122,25 +122,56 @@ class Direct:
         """
         if (at.step != 1).any():
             return False
-        per_shard = self.in_shard * self.length  # entries of a shard, in order
         begin = at.start + (at.lead * self.row * self.length if self.array.window_axis else 0)
-        files: dict[int, File] = {}
-        for row, start in zip(out, begin.tolist(), strict=True):
-            done = 0
-            while done < self.entries:
-                k, first = divmod(start + done, per_shard)
-                count = min(self.entries - done, per_shard - first)
-                held = files.get(k) or file(k)
-                if held is None:
+        # Windows mostly lie within one chunk: where to read them is worked out for all of them at once.
+        chunk = begin // self.length
+        within = chunk == (begin + self.entries - 1) // self.length
+        shard, number = np.divmod(chunk, self.in_shard)
+        position = number * self.size + begin % self.length * self.entry
+        wanted = self.entries * self.entry
+        memory, end = out.reshape(-1).data, 0
+        files: dict[int, tuple[File, bytearray]] = {}
+        columns = (shard.tolist(), number.tolist(), position.tolist(), within.tolist(), begin.tolist())
+        preadv, always = os.preadv, self.always
+        for k, n, where, simple, start in zip(*columns, strict=True):
+            place, end = memory[end : end + wanted], end + wanted
+            held = files.get(k)
+            if held is None:
+                opened = file(k)
+                if opened is None:
                     return False
-                files[k] = held
-                if not self._verify(
-                    self._known(k, held), held, first // self.length, (first + count - 1) // self.length
-                ):
+                held = files[k] = (opened, self._known(k, opened))
+            if not simple:
+                if not self._read_across(start, place, files, file):
                     return False
-                if not self._read_run(held, first, count, memoryview(row[done : done + count].reshape(-1))):
+                continue
+            if (always or not held[1][n]) and not self._verify(held[1], held[0], n, n):
+                return False
+            try:
+                if preadv(held[0].descriptor, (place,), where) != wanted:
                     return False
-                done += count
+            except OSError:
+                return False
+        return True
+
+    def _read_across(self, start: int, out: memoryview, files: dict[int, tuple[File, bytearray]], file: Open) -> bool:
+        """One window that begins at entry ``start`` of the array and runs over the ends of chunks, perhaps of shards."""
+        per_shard = self.in_shard * self.length  # entries of a shard, in order
+        done = 0
+        while done < self.entries:
+            k, first = divmod(start + done, per_shard)
+            count = min(self.entries - done, per_shard - first)
+            if k not in files:
+                opened = file(k)
+                if opened is None:
+                    return False
+                files[k] = (opened, self._known(k, opened))
+            held, known = files[k]
+            if not self._verify(known, held, first // self.length, (first + count - 1) // self.length):
+                return False
+            if not self._read_run(held, first, count, out[done * self.entry : (done + count) * self.entry]):
+                return False
+            done += count
         return True
 
     def _read_run(self, held: File, first: int, count: int, out: memoryview) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ class Reader:
     def __reduce__(self) -> tuple[Any, ...]:
         return Reader, (self.dataset, self.windows, self.cache, self.metrics, self.always)
 
-    @property
+    @cached_property
     def sample_bytes(self) -> int:
         """Bytes of one sample in a batch."""
         return int(np.prod(self.windows.shape)) * self.windows.dtype.itemsize

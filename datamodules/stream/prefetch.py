@@ -13,12 +13,13 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 THREADS = "keel-stream"  # prefix of the names of the threads
+QUICK_S = 300e-6  # work that takes less is not worth handing to a thread: they would fight for the interpreter
 
 
 class _Job(Generic[T, R]):
     """One item: whoever gets ``claim`` works on it; ``ready`` is free once that is done."""
 
-    __slots__ = ("claim", "error", "item", "ready", "result")
+    __slots__ = ("claim", "error", "item", "ready", "result", "seconds")
 
     def __init__(self, item: T) -> None:
         self.item = item
@@ -26,12 +27,15 @@ class _Job(Generic[T, R]):
         self.ready.acquire()
         self.result: R | None = None
         self.error: BaseException | None = None
+        self.seconds = 0.0  # that the work took
 
     def run(self, work: Callable[[T], R]) -> None:
+        begin = time.perf_counter()
         try:
             self.result = work(self.item)
         except BaseException as error:
             self.error = error
+        self.seconds = time.perf_counter() - begin
         self.ready.release()
 
     def take(self) -> R:
@@ -55,8 +59,9 @@ def prefetch(
     """``map(work, items)`` in order, with up to ``depth`` items in the making or ready ahead of the consumer.
 
     Nothing starts before the first ``next``. An item that no thread has begun when its turn comes is worked on in the
-    consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. ``waited`` gets the
-    seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
+    consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. While two items in a
+    row took less than ``QUICK_S``, such as small batches from the page cache, all are worked on there, until one takes
+    longer. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
     threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage collected.
     """
     source = iter(items)
@@ -67,11 +72,13 @@ def prefetch(
     ]
     ahead: deque[_Job[T, R]] = deque()
 
+    quick = 0  # items in a row that took little time
+
     def plan(count: int) -> None:
         for item in islice(source, count):
             job: _Job[T, R] = _Job(item)
             ahead.append(job)
-            if pool:
+            if pool and quick < 2:
                 jobs.put(job)
 
     try:
@@ -89,6 +96,13 @@ def prefetch(
             else:
                 job.ready.acquire()
             result = job.take()
+            if job.seconds < QUICK_S:
+                quick += 1
+            else:
+                if quick >= 2:
+                    for other in ahead:
+                        jobs.put(other)
+                quick = 0
             if first:  # it had the disk and the network to itself: whoever waits for it waits for nothing else
                 plan(depth)
                 first = False

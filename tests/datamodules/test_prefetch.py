@@ -76,3 +76,15 @@ def test_files_are_reused_then_reopened_and_closed(tmp_path: Path) -> None:
     files.forget("x")
     assert files.get("x", opener) is opened[2]
     assert File.open(str(tmp_path / "absent")) is None
+
+
+def test_quick_work_stays_with_the_consumer_until_it_takes_longer() -> None:
+    def work(item: int) -> str:
+        if item >= 100:
+            time.sleep(0.02)
+        return threading.current_thread().name
+
+    names = list(prefetch(work, range(140), 4, 2, lambda seconds: None))
+    me = threading.current_thread().name
+    assert names[40:100].count(me) > 45  # once two in a row were quick
+    assert len(set(names[110:]) - {me}) == 2  # both threads work again
