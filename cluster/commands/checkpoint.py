@@ -230,10 +230,6 @@ def prune(args: argparse.Namespace) -> int:
     names = ("keep_last", "keep_every", "keep_minutes", "best", "best_mode", "keep_best")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     policy = dataclasses.replace(configs.load(run.join("config.yaml")).checkpoint.retention(), **given)
-    if policy.keep_last < 2:
-        raise ValueError(
-            f"--keep-last {policy.keep_last}: at least 2 are kept, so that a bad one can be fallen back from"
-        )
     ledger = Ledger(store)
     entries = ledger.entries()
     kept = policy.kept(entries, lambda step: not verify(store, step, deep=False))

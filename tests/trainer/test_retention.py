@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from datamodules.store import Store
@@ -21,6 +22,12 @@ def test_every_rule_keeps_its_own():
     assert steps(Retention(keep_last=2, best="val/loss", keep_best=2), entries) == [4, 5, 8, 9]
     assert steps(Retention(keep_last=2, best="val/loss", best_mode="max"), entries) == [8, 9]
     assert Retention(best="val/loss").kept(entries)[4] == "best"
+
+
+@pytest.mark.parametrize("bad", [{"keep_last": 1}, {"keep_every": -5}, {"keep_minutes": -1}, {"keep_best": -1}])
+def test_a_rule_that_would_remove_what_it_should_not_is_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.* at least"):
+        Retention(**bad)
 
 
 def test_damaged_ones_do_not_count_and_nothing_is_kept_for_a_metric_that_is_no_number():

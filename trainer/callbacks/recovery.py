@@ -98,7 +98,8 @@ class Recovery(pl.Callback):
                 dist.all_reduce(good, dist.ReduceOp.MIN)
             if not bool(good):
                 why = "parameters are not finite"
-                self._go_back(step, why) if self.config.nonfinite == "rollback" else self._end(step, why)
+                # What is broken by now cannot be skipped any more.
+                self._act("rollback" if self.config.nonfinite == "rollback" else "stop", step, why)
         return self.healthy
 
     # -------------------------------------------------------------------------------------------------------- internals

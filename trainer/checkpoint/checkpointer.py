@@ -250,6 +250,7 @@ class Checkpointer:
 
     def _commit(self, folder: Store, step: int, written: list[Written], state: bytes, document: dict[str, Any]) -> None:
         """Rank 0: small state, then the manifest, then the marker."""
+        self.fence()  # before anything that another writer may have committed meanwhile is overwritten, too
         folder.write(manifests.STATE, state)
         files = sorted((file for part in written for file in part.files), key=lambda file: file["path"])
         files.append({"path": manifests.STATE, "size": len(state), "crc32c": crc32c(state)})

@@ -41,6 +41,15 @@ class Retention:
     best: str = ""
     best_mode: str = "min"
 
+    def __post_init__(self) -> None:
+        if self.keep_last < 2:
+            raise ValueError(
+                f"keep_last={self.keep_last}: at least 2 are kept, so that a bad one can be fallen back from"
+            )
+        for name, least in (("keep_every", 0), ("keep_minutes", 0), ("keep_best", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+
     def kept(self, entries: Sequence[Entry], whole: Callable[[int], bool] = lambda step: True) -> dict[int, str]:
         """Step -> the rule that keeps it, of committed steps in ascending order.
 
