@@ -9,7 +9,6 @@ code: {how: snapshot}
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,8 +210,3 @@ def seconds(text: str) -> float | None:
 def environment(cluster: ClusterConfig) -> dict[str, str]:
     """What every worker finds in its environment, secrets excepted."""
     return {**cluster.store.environment(), **cluster.env}
-
-
-def this_user() -> str:
-    """The user as a part of file names."""
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"

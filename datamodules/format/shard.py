@@ -19,11 +19,6 @@ INDEX_DTYPE = np.dtype("<u8")
 SPILL_BYTES = 512 * 2**20  # shards whose values are larger are encoded in a temporary file, not in memory
 
 
-def computed_index(spec: ArraySpec, k: int) -> np.ndarray:
-    """Index of shard k where chunks have one size, uint64 [chunks, 2] of (offset, length): in C order, back to back."""
-    return index_of(spec, np.full(spec.present_chunks(k), spec.chunk_bytes, np.uint64))
-
-
 def index_of(spec: ArraySpec, sizes: np.ndarray) -> np.ndarray:
     """Index of chunks of these sizes, the first ones in C order, back to back; the others are absent."""
     index = np.full((spec.chunk_count, 2), ABSENT, INDEX_DTYPE)

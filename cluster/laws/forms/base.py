@@ -171,20 +171,6 @@ class LogSum(Law):
         found |= {name: theta[:, i] for i, name in enumerate(self.names) if not name.startswith("log_")}
         return found
 
-    def from_natural(self, values: Mapping[str, Array | float]) -> Array:
-        """Parameters [S, P] as fitted, from natural ones ([S] or numbers)."""
-        count = max(np.size(value) for value in values.values())
-        theta = np.empty((count, self.size))
-        for index, name in enumerate(self.names):
-            if not name.startswith("log_"):
-                theta[:, index] = values[name]
-        for name, powers in self.terms:
-            log = np.log(np.broadcast_to(values[name.removeprefix("log_")], (count,)).astype(float))
-            for exponent, axis, sign in powers:
-                log = log + sign * theta[:, self.names.index(exponent)] * self.centres[axis]
-            theta[:, self.names.index(name)] = log
-        return theta
-
     def starts(self) -> Array:
         """Shares of the loss at the centre for each term, times exponents."""
         shares = _simplex(len(self.terms))
