@@ -56,14 +56,21 @@ def register(commands: Any) -> None:
         "evaluate",
         evaluate,
         help="evaluate a run's last checkpoint on held-out data",
-        description="Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json.",
-        example="keel evaluate runs/demo_fno --split test",
+        description=(
+            "Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json. With changes to\n"
+            "data.* or task.*, such as another data set or a finer grid, the result is a file of its own beside it."
+        ),
+        example=(
+            "keel evaluate runs/demo_fno --split test\n"
+            "keel evaluate runs/demo_fno data.url=runs/data/ns_128 task.space=[128,128]"
+        ),
     )
     add_url(parser)
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples at once (default: 8)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the last whole one)")
+    add_overrides(parser, "the data and the task")
 
     parser = add_command(
         commands,
@@ -121,7 +128,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     store = open_run(args.url)
 
-    result = run_evaluation(store.url, split=args.split, limit=args.limit, batch=args.batch, step=args.step)
+    result = run_evaluation(
+        store.url, args.overrides, split=args.split, limit=args.limit, batch=args.batch, step=args.step
+    )
     scalars = {key: value for key, value in flatten(result["metrics"]).items() if "@" not in key}
     print(f"step {result['step']}, {result['samples']} samples of split {args.split}")
     print_table(["metric", args.split], list(scalars.items()))
