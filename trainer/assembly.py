@@ -36,12 +36,10 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import to_dict
 from trainer.distributed import on_rank_zero
 from trainer.flops import peak_and_source
+from trainer.outcome import LOSS_WINDOW
 from trainer.records import MetricsWriter, TraceWriter, read_attempts, read_metrics
 from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
-
-# Steps over which the record's training loss is averaged.
-_LOSS_WINDOW = 20
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Watch:
     preemption: Preemption
     throughput: Throughput
     callbacks: list[pl.Callback] = field(default_factory=list)
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSS_WINDOW))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
     def record(self) -> dict[str, Any]:
         """What the callbacks add to the record."""
