@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from datamodules.store import Store, join_url
 from trainer import config as configs
-from trainer import parametrization, restarts, signals, strategies
+from trainer import restarts, signals, strategies
 from trainer.assembly import Parts, assemble
-from trainer.build import accelerator_name, build, optimizer_and_scheduler
+from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
 from trainer.config import ConfigError
@@ -134,10 +134,10 @@ def _fit(
     data.configure(
         layout.data_parallel, layout.data_rank(rank)
     )  # ranks that compute a sample together read it together
-    rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
+    by_name = rules(config, task)
     fresh = config.weights.url and resume_step is None
     task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
-    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
+    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
     torch.manual_seed(
         config.seed + layout.data_rank(rank)
     )  # the same parameters everywhere, but each rank's own dropout
