@@ -80,6 +80,22 @@ def measure(config: RunConfig) -> tuple[int, int]:
     return sum(p.numel() for p in task.network.parameters()), max(1, task.tokens_per_sample())
 
 
+def flops_per_sample(config: RunConfig) -> int:
+    """Forward and backward FLOPs of one sample by the convention of `trainer.flops`, without data or memory.
+
+    Raises:
+        ConfigError: the network cannot run without values.
+    """
+    from trainer.flops import count_flops
+
+    with torch.device("meta"):
+        task = _task(config)
+    try:
+        return count_flops(task, 1)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
     _, network_class = model_registry.lookup("model", config.model.name)
     _, task_class = model_registry.lookup("task", config.task.name)

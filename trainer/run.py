@@ -17,7 +17,7 @@ import torch.distributed as dist
 from datamodules.store import Store, join_url
 from trainer import config as configs
 from trainer import restarts, signals, strategies
-from trainer.assembly import Parts, assemble
+from trainer.assembly import Parts, assemble, mean
 from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
@@ -193,12 +193,15 @@ def _fit(
         status = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
         status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+    elif watch.pruning is not None and watch.pruning.why:
+        status = "pruned"
     record |= {
         "status": status,
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
         "diverged_step": recovery.step,
+        **({"pruned": watch.pruning.why} if watch.pruning is not None and watch.pruning.why else {}),
         "parameters": parameters,
         "flops": None if flops is None else flops * samples,
         "flops_convention": FLOPS_CONVENTION,
@@ -207,7 +210,7 @@ def _fit(
         "faults": on_rank_zero(lambda: faults(read_attempts(store))),
         "attempt_seconds": time.time() - started,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "loss": sum(losses) / len(losses) if losses else None,
+        "loss": mean(losses),
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
