@@ -33,6 +33,7 @@ RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 # Name -> "module:Class" (see `cluster.launch.base.Backend`).
 BACKENDS = {
     "local": "cluster.launch.local_backend:Local",
+    "kubernetes": "cluster.launch.kubernetes:Kubernetes",
     "slurm": "cluster.launch.slurm:Slurm",
 }
 
