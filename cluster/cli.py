@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("KEEL_TRACEBACK", "") not in ("", "0") or not is_user_error(error):
             raise
         print(f"keel: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
+        from cluster.launch import EXIT_UNAVAILABLE, EXIT_USER_ERROR
+        from datamodules.store import Unreachable
+
+        return EXIT_UNAVAILABLE if isinstance(error, Unreachable) else EXIT_USER_ERROR
 
 
 def is_user_error(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real S3-compatible server on loopback."""
+"""Fixtures for all tests: real servers on this machine; and how tests are spread over processes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from tests.helpers.ray import CPUS, RayCluster, ray_script
 from tests.helpers.slurm import SlurmCluster, slurm_script
 
 CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
+
+SERVERS = ("slurm_server", "ceph_server")  # one of each per machine, and slow to start
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -48,6 +50,19 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"KEEL_REQUIRE=all: {item.nodeid} was skipped: {call.excinfo.value if call.excinfo else ''}"
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several processes (pytest-xdist): a file stays in one, and the files that share a server, too; those come first,
+    as they take the longest."""
+    group_of: dict[Path, str] = {}
+    for item in items:
+        servers = [name for name in SERVERS if name in getattr(item, "fixturenames", ())]
+        if servers:
+            group_of[item.path] = servers[0]
+    items.sort(key=lambda item: item.path not in group_of)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, str(item.path))))
 
 
 @dataclass
