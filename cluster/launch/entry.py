@@ -45,8 +45,9 @@ for attempt in range(5):
         except OSError:
             shutil.rmtree(part)
     except Exception as error:
-        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
-            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, type(error).__name__, error))
+        kind = type(error).__name__
+        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)) or "Credentials" in kind:
+            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, kind, error))
         time.sleep(2 ** attempt)
 if os.stat(home).st_uid != os.getuid():
     sys.exit("keel: error: %s belongs to somebody else; set KEEL_CODE_CACHE" % home)

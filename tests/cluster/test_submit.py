@@ -249,6 +249,12 @@ def test_the_laptop_config_trains_in_the_foreground_on_two_nodes(place: Path, ca
     assert job.open().state(job.job_id) == "done" and job.spec.nodes == 2 and task_spec(job) == job.spec
     assert keel("submit", place / "run.yaml", "--on", laptop) == 2
     assert "a run exists at" in capfd.readouterr().err
+    # Neither looking nor a mistake changes the run.
+    before = store.read("config.yaml")
+    assert keel("resume", store.url, "--on", laptop, "train.max_steps=50", "nodes=1", "--dry-run") == 0
+    assert "-m cluster.launch.node" in capfd.readouterr().out and store.read("config.yaml") == before
+    assert keel("resume", store.url, "--on", laptop, "train.max_steps=50", "after=local-nobody") == 2
+    assert "there is no such job" in capfd.readouterr().err and store.read("config.yaml") == before
 
 
 def test_a_detached_job_is_cancelled_and_resumed_from_its_shipped_code(place: Path, capsys) -> None:
