@@ -21,8 +21,10 @@ _leaving = False
 
 
 def leave_at_once() -> None:
-    """Until `note`, a signal ends this process with `EXIT_PREEMPTED` (SIGINT: `EXIT_INTERRUPTED`). From the main thread."""
+    """Until `note`, a signal ends this process with `EXIT_PREEMPTED` (SIGINT: `EXIT_INTERRUPTED`)."""
     global _leaving
+    if _leaving or threading.current_thread() is not threading.main_thread():
+        return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     for signum in SIGNALS:

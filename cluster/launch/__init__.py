@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,9 @@ def available_cores() -> int:
 
 
 def requeue_on_signal() -> None:
-    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost. From the main thread."""
+    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, frame: sys.exit(EXIT_REQUEUE))
 
