@@ -42,7 +42,7 @@ from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
 
 # Steps over which the record's training loss is averaged.
-_LOSS_WINDOW = 20
+LOSS_WINDOW = 20
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Watch:
     throughput: Throughput
     pruning: Pruning | None = None
     callbacks: list[pl.Callback] = field(default_factory=list)
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSS_WINDOW))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
     def record(self) -> dict[str, Any]:
         """What the callbacks add to the record."""
