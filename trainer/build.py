@@ -80,6 +80,13 @@ def measure(config: RunConfig) -> tuple[int, int]:
     return sum(p.numel() for p in task.network.parameters()), max(1, task.tokens_per_sample())
 
 
+def network_of(config: RunConfig) -> nn.Module:
+    """The network that `build` gives for a config, without a task or data: the same parameters bit for bit."""
+    torch.manual_seed(config.seed)
+    network: nn.Module = model_registry.lookup("model", config.model.name)[1](config.model)
+    return network
+
+
 def flops_per_sample(config: RunConfig) -> int:
     """Forward and backward FLOPs of one sample by the convention of `trainer.flops`, without data or memory.
 

@@ -104,7 +104,7 @@ class Claims:
 
     def check(self) -> None:
         """Raises Lost where another driver has given this one up."""
-        if self.lost.is_set() or self._given_up(self.owner):
+        if self.lost.is_set() or self.given_up(self.owner):
             self.lost.set()
             raise Lost(
                 f"driver {self.owner} was silent for more than {self.expiry_s:g} s and was given up; start it again"
@@ -179,22 +179,26 @@ class Claims:
             return True
         if time.monotonic() < self._alive.get(owner, 0.0):
             return False
-        if self._given_up(owner) or self._silent(owner):
+        if self.given_up(owner) or self._silent(owner):
             self.store.create(f"owners/{owner}.dead", canonical_json({"by": self.owner}))
             self._dead.add(owner)
             return True
         self._alive[owner] = time.monotonic() + min(1.0, self.expiry_s / _BEATS)
         return False
 
-    def _given_up(self, owner: str) -> bool:
+    def given_up(self, owner: str) -> bool:
+        """Whether a driver was given up, or has closed."""
         return self.store.exists(f"owners/{owner}.dead")
+
+    def beats(self, owner: str) -> bool:
+        """Whether a driver's last heartbeat is recent and, if it is on this machine, its process is there."""
+        beat = self._last(owner)
+        return beat is not None and not _is_gone(beat) and time.time() - beat["time"] <= beat["expiry_s"]
 
     def _silent(self, owner: str) -> bool:
         beat = self._last(owner)
-        if beat is None:
+        if beat is None or _is_gone(beat):
             return True
-        if beat["machine"] == _machine():
-            return started_at(beat["pid"]) != beat["ticks"]
         if time.time() - beat["time"] <= beat["expiry_s"]:
             return False
         # Clocks may differ by more than that: it is silent if nothing comes while it is watched.
@@ -227,17 +231,20 @@ class Claims:
         while not self._stop.wait(self.expiry_s / _BEATS):
             # A store that does not answer for a while is no reason to stop: if it lasts, others will have given us up.
             with contextlib.suppress(StoreError):
-                if self._given_up(self.owner):
+                if self.given_up(self.owner):
                     self.lost.set()
                     return
                 self._beat()
 
 
-def claimed(store: Store) -> dict[str, str]:
-    """Row -> driver of all rows that are claimed, by drivers that may be dead: for looking on, without a driver."""
+def running(store: Store) -> dict[str, bool]:
+    """Row -> whether its driver lives, of all rows that are claimed. For looking on: it needs no driver and gives none up."""
     log = _Log()
     _follow(store, log)
-    return {row: holder.owner for row, holder in log.holders.items() if holder.owner}
+    claims = Claims(store, 1.0)
+    held = {row: holder.owner for row, holder in log.holders.items() if holder.owner}
+    alive = {owner: not claims.given_up(owner) and claims.beats(owner) for owner in set(held.values())}
+    return {row: alive[owner] for row, owner in held.items()}
 
 
 def _follow(store: Store, log: _Log) -> None:
@@ -252,6 +259,10 @@ def _follow(store: Store, log: _Log) -> None:
         except NotFound:
             return
         log.add(entry)
+
+
+def _is_gone(beat: Mapping[str, Any]) -> bool:
+    return beat["machine"] == _machine() and started_at(beat["pid"]) != beat["ticks"]
 
 
 def _entry(number: int) -> str:
