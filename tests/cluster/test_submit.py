@@ -194,6 +194,15 @@ def test_the_bootstrap_refuses_a_damaged_archive(tmp_path: Path) -> None:
     assert "the code cannot be fetched (OSError: its checksum is wrong)" in done.stderr
 
 
+def test_a_node_that_is_told_to_end_while_it_fetches_the_code_is_started_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "code.tar.gz")
+    words = [sys.executable, "-P", "-c", BOOTSTRAP, str(tmp_path / "code.tar.gz"), "0" * 64]
+    node = subprocess.Popen(words)
+    with open(tmp_path / "code.tar.gz", "wb"):  # waits for it to read
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(60) == 75
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("words", "message"),
