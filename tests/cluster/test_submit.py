@@ -182,6 +182,11 @@ def test_a_snapshot_holds_what_git_does_not_ignore_and_is_named_after_it(tmp_pat
     assert pack(tmp_path) == first
     (tmp_path / "kept.py").write_text("a = 3\n")
     assert pack(tmp_path) != first
+    (tmp_path / "link.py").symlink_to("kept.py")
+    pack(tmp_path)
+    (tmp_path / "data").symlink_to("/nfs/data")
+    with pytest.raises(ValueError, match="data is a link to /nfs/data, which no node has: add it to .gitignore"):
+        pack(tmp_path)
     with pytest.raises(ValueError, match="how=snapshot packs a git checkout"):
         pack(Path("/"))
 
