@@ -23,7 +23,9 @@ CODE_CACHE = "KEEL_CODE_CACHE"  # folder for unpacked snapshots; default: in the
 # Runs on a node where Keel may not be installed, only what it needs (fsspec, and s3fs for s3://). The archive is checked,
 # unpacked under its own digest, moved into place at once, and the node starts from there.
 BOOTSTRAP = """\
-import hashlib, io, os, shutil, sys, tarfile, tempfile, time
+import hashlib, io, os, shutil, signal, sys, tarfile, tempfile, time
+for told in (signal.SIGTERM, signal.SIGUSR1):  # nothing is lost, and as process 1 it would hear nothing
+    signal.signal(told, lambda *_: sys.exit(75))
 url, digest, args = sys.argv[1], sys.argv[2], sys.argv[3:]
 home = os.environ.get("KEEL_CODE_CACHE") or os.path.join(tempfile.gettempdir(), "keel-code-%d" % os.getuid())
 code = os.path.join(home, digest)

@@ -182,6 +182,11 @@ def test_a_snapshot_holds_what_git_does_not_ignore_and_is_named_after_it(tmp_pat
     assert pack(tmp_path) == first
     (tmp_path / "kept.py").write_text("a = 3\n")
     assert pack(tmp_path) != first
+    (tmp_path / "link.py").symlink_to("kept.py")
+    pack(tmp_path)
+    (tmp_path / "data").symlink_to("/nfs/data")
+    with pytest.raises(ValueError, match="data is a link to /nfs/data, which no node has: add it to .gitignore"):
+        pack(tmp_path)
     with pytest.raises(ValueError, match="how=snapshot packs a git checkout"):
         pack(Path("/"))
 
@@ -192,6 +197,15 @@ def test_the_bootstrap_refuses_a_damaged_archive(tmp_path: Path) -> None:
     done = subprocess.run([*words, "0" * 64], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "the code cannot be fetched (OSError: its checksum is wrong)" in done.stderr
+
+
+def test_a_node_that_is_told_to_end_while_it_fetches_the_code_is_started_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "code.tar.gz")
+    words = [sys.executable, "-P", "-c", BOOTSTRAP, str(tmp_path / "code.tar.gz"), "0" * 64]
+    node = subprocess.Popen(words)
+    with open(tmp_path / "code.tar.gz", "wb"):  # waits for it to read
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(60) == 75
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
