@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_USER_ERROR, slurm_client
+from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR, slurm_client
 from cluster.launch.entry import node_command, node_environment
 from cluster.launch.spec import JobSpec, passed
 
@@ -316,8 +316,8 @@ def _end(spec: JobSpec) -> str:
     again = f"""\
 # A run that is told to save while it starts cannot answer with {EXIT_REQUEUE}; it has lost nothing.
 if [[ -n "$told" && $code != 0 && $code != {EXIT_USER_ERROR} ]]; then code={EXIT_REQUEUE}; fi
-# Nodes that lost each other may meet again, but not for ever.
-if [[ $code == {EXIT_LOST} ]] && (( ${{SLURM_RESTART_COUNT:-0}} < {spec.retries} )); then code={EXIT_REQUEUE}; fi
+# Nodes that lost each other, or their store, may meet again, but not for ever.
+if [[ $code == {EXIT_LOST} || $code == {EXIT_UNAVAILABLE} ]] && (( ${{SLURM_RESTART_COUNT:-0}} < {spec.retries} )); then code={EXIT_REQUEUE}; fi
 if [[ $code == {EXIT_REQUEUE} && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
 """
     return f'{_WAIT}\n{_RUNNING}{again if spec.requeue else ""}exit "$code"\n'

@@ -23,6 +23,9 @@ from .retry import Retry, chain, is_connect_fault, is_transient, response_of
 T = TypeVar("T")
 Range = tuple[str, int, int]
 RETRY_OPTIONS = ("deadline", "connect_deadline")
+# A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
+_FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
+_FULL_CODES = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 
 
 def join_url(base: str, *parts: str) -> str:
@@ -352,6 +355,9 @@ class Store:
             return AccessDenied(
                 f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
+        if status == 507 or code in _FULL_CODES or (isinstance(error, OSError) and error.errno in _FULL_ERRNO):
+            reason = code or getattr(error, "strerror", None) or text
+            return OutOfSpace(f"{url}: no space left for it ({reason}); free space and start again")
         if isinstance(error, NotADirectoryError):
             return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
         if isinstance(error, FileNotFoundError):
@@ -363,8 +369,6 @@ class Store:
                 else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
             )
             return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutOfSpace(f"{url}: no space left for it ({error.strerror}); free space and start again")
         if is_transient(error):
             endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
             return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")

@@ -46,6 +46,7 @@ def test_all_commands_are_there() -> None:
     assert {" ".join(words) for words, _ in LEAVES} == {
         "train", "submit", "resume", "evaluate", "report", "data make", "data import", "data check", "data show",
         "data stats", "data copy", "config show", "dryrun", "fit", "plan", "score",
+        "sweep plan", "sweep run", "sweep status",
         "checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint export", "checkpoint prune", "checkpoint diff",
     }  # fmt: skip
 

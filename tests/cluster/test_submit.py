@@ -185,7 +185,7 @@ def test_a_snapshot_holds_what_git_does_not_ignore_and_is_named_after_it(tmp_pat
     (tmp_path / "link.py").symlink_to("kept.py")
     pack(tmp_path)
     (tmp_path / "data").symlink_to("/nfs/data")
-    with pytest.raises(ValueError, match=r"data is a link to /nfs/data, which no node has"):
+    with pytest.raises(ValueError, match=r"data is a link to /nfs/data, which no node has: add it to \.gitignore"):
         pack(tmp_path)
     with pytest.raises(ValueError, match="how=snapshot packs a git checkout"):
         pack(Path("/"))

@@ -279,6 +279,22 @@ def test_a_run_leaves_a_record_a_manifest_and_an_evaluation(tmp_path, data):
     with np.load(tmp_path / "run" / "evaluation.npz") as arrays:
         assert arrays["prediction"].shape == arrays["truth"].shape == (4, 1, 16, 16)
         np.testing.assert_allclose(arrays["error"], arrays["prediction"] - arrays["truth"], atol=1e-6)
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    finer = tiny_fields(str(tmp_path / "finer"), size=32, frames=11)
+    changes = [
+        f"data.url={finer}",
+        "task.space=[32,32]",
+        "data.dt_stride=2",
+        "data.stride=2",
+    ]  # they drift a point per frame
+    zero_shot = evaluate(url, changes)
+    assert zero_shot["overrides"] == changes and zero_shot["samples"] == 4
+    # The waves hold three wave numbers: an operator sees the same fields on both grids.
+    assert math.isclose(zero_shot["metrics"]["relative_l2"], result["metrics"]["relative_l2"], rel_tol=0.02)
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+    assert len(list((tmp_path / "run").glob("evaluation-*.json"))) == 1
+    with pytest.raises(configs.ConfigError, match=r"model\.width=8: an evaluation may change data\.\* and task\.\*"):
+        evaluate(url, ["model.width=8"])
 
 
 def test_a_killed_process_resumes_bitwise(tmp_path, data):
