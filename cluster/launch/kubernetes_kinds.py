@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE
-from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, pod
+from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, node_pod
 from cluster.launch.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def _many(spec: JobSpec) -> bool:
 
 
 def _numbered(spec: JobSpec, cluster: ClusterConfig, job_id: str, task: int | None, host: str) -> Object:
-    index = {"valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    return pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
+    index = {"fieldRef": {"fieldPath": INDEX}}
+    return node_pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
 
 
 def _kept(cluster: ClusterConfig) -> Object:
@@ -172,7 +172,7 @@ def _pytorchjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, t
     lines += ['while kill -0 "$node" 2>/dev/null; do wait "$node"; done', 'wait "$node"', "code=$?"]
     lines += [f'if [[ "$code" == {code} ]]; then code={128 + code}; fi' for code in again]
     shell = "\n".join(['export KEEL_NODE="$RANK"', *lines, 'exit "$code"'])
-    template = pod(
+    template = node_pod(
         spec,
         cluster,
         job_id,

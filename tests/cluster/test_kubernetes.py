@@ -385,7 +385,7 @@ def test_a_job_that_runs_is_not_submitted_again_and_one_that_has_ended_makes_roo
     ):
         backend().submit(BASE)
     fake.say(items=(ended("Job", "Failed"),))
-    with pytest.raises(ValueError, match="kubernetes.apply=false: nothing would be queued"):
+    with pytest.raises(ValueError, match=r"kubernetes\.apply=false: nothing would be queued"):
         backend(apply=False).submit(BASE)
     backend().submit(BASE)
     assert len(fake.words("delete")) == 1 and len(fake.words("apply")) == 1  # the server would refuse a dry run
