@@ -183,7 +183,7 @@ def _send(
     from cluster.launch.cluster_config import environment, seconds
     from cluster.launch.code import code_spec, ship
     from cluster.launch.job import write_job
-    from cluster.launch.kubernetes import Kubernetes
+    from cluster.launch.kubernetes import Kubernetes, name_of
     from cluster.launch.local_backend import Local
     from cluster.launch.spec import JobSpec, passed
     from datamodules.store import NotFound, Store
@@ -231,7 +231,10 @@ def _send(
                 store_config(url, task)
             Store(task.url).delete_tree("status")  # of an earlier job
         ship(code, data)
-        job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
+        if by_hand:
+            job_id = name_of(spec)
+        else:
+            job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
     except BaseException:
         for store in begun:  # so that the same command works once the mistake is mended
             store.delete("config.yaml")

@@ -56,6 +56,10 @@ class Kubernetes:
     def check(self, spec: JobSpec) -> None:
         """Raises ValueError or OSError where the cluster would refuse the job, or its pods could never start."""
         self._refuse(spec)
+        if not self.options.apply:
+            raise ValueError(
+                "kubernetes.apply=false: nothing would be queued; set kubernetes.apply=true, or apply what --dry-run prints"
+            )
         state = self.state(name_of(spec))
         if state in ("queued", "running"):
             raise ValueError(f"job {name_of(spec)} of this run is {state}; `keel cancel {spec.run_urls[0]}` ends it")
@@ -65,12 +69,11 @@ class Kubernetes:
         self._check_quota(spec)
 
     def submit(self, spec: JobSpec) -> str:
-        """Gives the manifest to kubectl, if `apply` says so, and returns the job's name."""
+        """Gives the manifest to kubectl and returns the job's name. Raises as `check`."""
+        self.check(spec)
         name = name_of(spec)
-        if self.options.apply:
-            self.check(spec)
-            self._delete(name, wait=True)
-            self._kubectl("apply", "-f", "-", stdin=self.render(spec))
+        self._delete(name, wait=True)
+        self._kubectl("apply", "-f", "-", stdin=self.render(spec))
         return name
 
     def state(self, job_id: str) -> str:

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.launch import EXIT_LOST, EXIT_REQUEUE
-from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, pod
+from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE
+from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, node_pod
 from cluster.launch.spec import JobSpec
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
 
+# After these a node may be started again, but not for ever.
+_AGAIN = (EXIT_UNAVAILABLE, EXIT_LOST)
 # What killed the node itself, and not its workers: out of memory, or a signal before it could take one.
 _KILLED = (137, 143)
 
@@ -69,14 +71,14 @@ def _head(
 # ------------------------------------------------------------------------------------------------------- indexed Jobs
 def _job_spec(spec: JobSpec, cluster: ClusterConfig, template: Object) -> Object:
     size = max(spec.nodes, spec.max_nodes)
-    counted = [EXIT_LOST, *_KILLED] if spec.retries else []
+    counted = [*_AGAIN, *_KILLED] if spec.retries else []
     again: list[Object] = []
     if spec.requeue:
         again = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_REQUEUE]}},
         ]
-        counted = sorted([*counted, EXIT_REQUEUE])
+        counted = sorted([EXIT_REQUEUE, *counted])
     fatal = {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": counted}}
     found: Object = {
         "completions": size,
@@ -99,8 +101,8 @@ def _many(spec: JobSpec) -> bool:
 
 
 def _numbered(spec: JobSpec, cluster: ClusterConfig, job_id: str, task: int | None, host: str) -> Object:
-    index = {"valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    return pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
+    index = {"fieldRef": {"fieldPath": INDEX}}
+    return node_pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
 
 
 def _kept(cluster: ClusterConfig) -> Object:
@@ -165,12 +167,12 @@ def _trainjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, tas
 # ----------------------------------------------------------------------------------------------------------- PyTorchJob
 def _pytorchjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, task: int | None) -> list[Object]:
     # The operator starts a pod again when its exit code is 128 or more; it does not count.
-    again = [EXIT_REQUEUE] * spec.requeue + [EXIT_LOST] * bool(spec.retries)
+    again = [EXIT_REQUEUE] * spec.requeue + list(_AGAIN) * bool(spec.retries)
     lines = ['"$@" &', "node=$!", """trap 'kill -TERM "$node"' TERM"""]
     lines += ['while kill -0 "$node" 2>/dev/null; do wait "$node"; done', 'wait "$node"', "code=$?"]
     lines += [f'if [[ "$code" == {code} ]]; then code={128 + code}; fi' for code in again]
     shell = "\n".join(['export KEEL_NODE="$RANK"', *lines, 'exit "$code"'])
-    template = pod(
+    template = node_pod(
         spec,
         cluster,
         job_id,

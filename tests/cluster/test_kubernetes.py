@@ -156,7 +156,7 @@ def test_what_is_a_retry_and_what_is_not() -> None:
     evicted, preempted, fatal = rules()
     assert evicted["action"] == preempted["action"] == "Ignore" and fatal["action"] == "FailJob"
     assert preempted["onExitCodes"] == {"operator": "In", "values": [75]}
-    assert fatal["onExitCodes"] == {"operator": "NotIn", "values": [74, 75, 137, 143]}  # 2 is bad input, 1 a crash
+    assert fatal["onExitCodes"] == {"operator": "NotIn", "values": [69, 74, 75, 137, 143]}  # 2 is bad input, 1 a crash
     assert [rule["action"] for rule in rules(requeue=False)] == ["FailJob"]
     assert rules(retries=0)[-1]["onExitCodes"]["values"] == [75]
     assert rules(retries=0, requeue=False) == []
@@ -239,7 +239,7 @@ def test_the_shell_of_a_pytorchjob_tells_the_operator_what_to_start_again(tmp_pa
         env = {**os.environ, "RANK": "3", "CODE": str(code)}
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
-    for code, told in [(0, 0), (2, 2), (75, 203), (74, 202), (1, 1)]:
+    for code, told in [(0, 0), (2, 2), (75, 203), (74, 202), (69, 197), (1, 1)]:
         assert start(code).wait(60) == told
     preempted = start(-1)
     assert preempted.stdout is not None and preempted.stdout.readline() == "3\n"
@@ -385,6 +385,8 @@ def test_a_job_that_runs_is_not_submitted_again_and_one_that_has_ended_makes_roo
     ):
         backend().submit(BASE)
     fake.say(items=(ended("Job", "Failed"),))
+    with pytest.raises(ValueError, match=r"kubernetes\.apply=false: nothing would be queued"):
+        backend(apply=False).submit(BASE)
     backend().submit(BASE)
     assert len(fake.words("delete")) == 1 and len(fake.words("apply")) == 1  # the server would refuse a dry run
 
