@@ -166,8 +166,8 @@ def test_damaged_checkpoints_are_fallen_back_from_and_written_again(tmp_path, da
     assert run_distributed(train, 2, config, False, 14) == ["crash", "crash"]
     checkpoints = Store(broken).sub("checkpoints")
     assert committed_steps(checkpoints) == [4, 8, 12]
-    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "rank-00000-000.bin", 100)
-    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "rank-00001-000.bin"
+    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "writer-0001-rank-00000-000.bin", 100)
+    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "writer-0001-rank-00001-000.bin"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1  # found only when it is read
     path.write_bytes(raw)

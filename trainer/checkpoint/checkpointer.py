@@ -60,7 +60,7 @@ class Checkpointer:
         self.retention = retention or Retention()
         # Raises CheckpointError when this writer has been replaced; asked on rank 0 around every commit.
         self.fence: Callable[[], None] = lambda: None
-        # Which of the writers that there may be of these steps this one is: the newest has the highest number.
+        # Which of the writers that there may be of these steps this one is; the newest has the highest number. 0: the only one.
         self.writer = 0
         # Called on all ranks before a commit, in the thread that uploads: what must be in the store by then.
         self.before_commit: Callable[[], None] = lambda: None
@@ -141,7 +141,8 @@ class Checkpointer:
         self.wait()
         folder = self.store.sub(manifests.step_name(step))
         manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
-        tensors, scalars = self._collect(module, optimizers)
+        tensors, running = self._collect(module, optimizers)
+        scalars = {name: value for name, value in running.items() if states.is_state(name)}
         mine = f"{states.RNG}{rank():05d}"
         loading.check_compatible(manifest, tensors, scalars, folder.url)
         same_world = manifest["world_size"] == world_size()
@@ -150,7 +151,7 @@ class Checkpointer:
         loading.load_tensors(folder, manifest["tensors"], tensors)
         packed = tensors.pop(mine, None)
         own = {name: value for name, value in tensors.items() if name.startswith((states.MODEL, states.OPTIMIZER))}
-        states.restore(module, optimizers, own, {name: manifest["scalars"][name] for name in scalars})
+        states.restore(module, optimizers, own, running | {name: manifest["scalars"][name] for name in scalars})
         if packed is not None:
             states.set_rng_state(packed, device)
         return loading.unpack(on_rank_zero(lambda: loading.read_state(folder, manifest)))

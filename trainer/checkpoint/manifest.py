@@ -16,8 +16,6 @@ from trainer.commits import MARKER, committed_steps, step_name
 __all__ = ["MARKER", "committed_steps", "latest", "read_manifest", "step_name", "verify"]
 
 FORMAT_VERSION = 1
-# The names of all but the marker begin with that of their writer, see `writer_name`; checkpoints of format 1 that were
-# written before that have these names as they are.
 MANIFEST, STATE = "manifest.json", "state.pt"
 _THREADS = 16
 _WRITER = re.compile(r"^writer-(\d{4,})-")
@@ -26,8 +24,9 @@ log = logging.getLogger("keel.checkpoint")
 
 
 def writer_name(writer: int) -> str:
-    """What the names of a writer's objects begin with: writers that do not know of each other never write the same object."""
-    return f"writer-{writer:04d}-"
+    """What the names of a writer's objects begin with, but for the marker: of writers that do not know of each other each
+    writes its own objects. 0: nothing, for one who is the only one."""
+    return f"writer-{writer:04d}-" if writer else ""
 
 
 def writer_of(name: str) -> int:
