@@ -10,6 +10,7 @@ steps are proportional to the rate, so each run's step is that one times its own
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -125,6 +126,7 @@ def train(stack: Sequence[RunConfig]) -> list[dict[str, Any]]:
         if not bool(run.alive.any()):
             break
     spec = data.spec()
+    _known.setdefault(kind(first), first)
     return _records(stack, run, metrics, spec["fingerprint"], time.monotonic() - started, task)
 
 
@@ -206,13 +208,23 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+# Thousands of stacks are of few kinds, and of one process.
+_known: dict[str, RunConfig] = {}
+_environment = functools.cache(environment)
+
+
+@functools.cache
+def _flops(of: str) -> int:
+    return flops_per_sample(_known[of])
+
+
 def _records(
     stack: Sequence[RunConfig], run: _Run, metrics: dict[str, Tensor], fingerprint: str, seconds: float, task: Any
 ) -> list[dict[str, Any]]:
     losses = torch.stack(list(run.losses)).double().mean(0).tolist()
     sound = (run.alive & run.finite()).tolist()
     values = {name: value.tolist() for name, value in metrics.items()}
-    where, flops, each = environment(), flops_per_sample(stack[0]), seconds / len(stack)
+    where, flops, each = _environment(), _flops(kind(stack[0])), seconds / len(stack)
     parameters = sum(p[0].numel() for p in run.parameters.values())
     found = []
     for k, config in enumerate(stack):
