@@ -205,7 +205,7 @@ def test_plan_status_and_what_is_refused(
 
 
 def test_a_pruned_run_is_told_by_the_others(sweep: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    sweep["grid"] = {"optim.lr": [3e-2, 1e-2, 1e-7, 1e-8]}
+    sweep["grid"] = {"optim.lr": [1e-2, 3e-2, 1e-7, 1e-8]}
     sweep["base"]["train"] |= {"val_every": 2, "max_steps": 8}
     sweep |= {"objective": "val/loss", "stop": {"first": 4, "factor": 2}, "executor": "packed"}
     table = saved(sweep)
