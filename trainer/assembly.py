@@ -37,12 +37,10 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import to_dict
 from trainer.distributed import on_rank_zero
 from trainer.flops import peak_and_source
+from trainer.outcome import LOSS_WINDOW
 from trainer.records import MetricsWriter, TraceWriter, read_attempts, read_metrics
 from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
-
-# Steps over which the record's training loss is averaged.
-LOSS_WINDOW = 20
 
 
 @dataclass

@@ -26,11 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modules.tasks.base import Batch
 from trainer import config as configs
 from trainer import optim, parametrization
-from trainer.assembly import LOSS_WINDOW
-from trainer.build import accelerator_name, build, flops_per_sample, network_of
+from trainer.build import accelerator_name, build, flops_per_sample, network_of, rules
 from trainer.config import ConfigError
 from trainer.environment import environment
 from trainer.optim.schedule import factor
+from trainer.outcome import LOSS_WINDOW
 from trainer.schema import RunConfig
 
 # What may differ within a stack: it does not show in what the network computes from its parameters.
@@ -107,11 +107,11 @@ def train(stack: Sequence[RunConfig]) -> list[dict[str, Any]]:
         torch.set_num_threads(first.resources.threads)
     task, data = build(first)
     data.configure(1, 0)
-    rules = parametrization.lookup(first.parametrization.name)[1](first.parametrization).rules(task.network)
+    by_name = rules(first, task)
     parameters, _ = stack_module_state([network_of(config) for config in stack])
     parameters = {name: value.detach().to(device).requires_grad_() for name, value in parameters.items()}
     module = _Loss(task.to(device)).train()
-    groups = parametrization.groups(parameters, rules, lr=1.0, weight_decay=first.optim.weight_decay)
+    groups = parametrization.groups(parameters, by_name, lr=1.0, weight_decay=first.optim.weight_decay)
     optimizer = optim.lookup(first.optim.name)[1](dataclasses.replace(first.optim, lr=1.0), groups)
     rates = torch.tensor([config.optim.lr for config in stack], device=device)
     run = _Run(first, module, parameters, optimizer, rates)

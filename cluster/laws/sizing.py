@@ -30,7 +30,7 @@ def sized(
     """A config like `base` with about `n` parameters that sees about `d(actual parameters)` tokens or samples.
 
     Width grows in whole heads where the model has heads, and depth with it, so that heads and aspect ratio stay; a model
-    without heads grows in width alone. Warm-up and decay keep their parts of the run.
+    without heads grows in width alone. Warm-up, decay and the time between validations keep their parts of the run.
 
     Args:
         base: raw config of a run.
@@ -55,6 +55,8 @@ def sized(
     changes.append(f"schedule.warmup_steps={round(start.schedule.warmup_steps / old * steps)}")
     if start.schedule.decay_steps:
         changes.append(f"schedule.decay_steps={max(1, round(start.schedule.decay_steps / old * steps))}")
+    if start.train.val_every:
+        changes.append(f"train.val_every={max(1, round(start.train.val_every / old * steps))}")
     if lr is not None:
         changes.append(f"optim.lr={lr!r}")
     config = load(base, [*changes, *more])

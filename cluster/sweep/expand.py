@@ -137,7 +137,8 @@ class Maker:
         return self._shapes[key]
 
     def _steps(self, point: Point, values: Mapping[str, Any]) -> dict[str, int]:
-        """The number of steps that a budget or a number of tokens gives; warm-up and decay keep their parts of the run."""
+        """The number of steps that a budget or a number of tokens gives; warm-up, decay and the time between validations
+        keep their parts of the run."""
         if "budget" in point and "d" in point:
             raise ConfigError("budget and d both set the number of steps; drop one of them")
         if "train.max_steps" in values:
@@ -156,6 +157,8 @@ class Maker:
             found["schedule.warmup_steps"] = round(schedule.warmup_steps / old * count)
         if "schedule.decay_steps" not in values and schedule.decay_steps:
             found["schedule.decay_steps"] = max(1, round(schedule.decay_steps / old * count))
+        if "train.val_every" not in values and config.train.val_every:
+            found["train.val_every"] = max(1, round(config.train.val_every / old * count))
         return found
 
     # ----------------------------------------------------------------------------------------------------- expressions
