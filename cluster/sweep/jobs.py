@@ -106,7 +106,7 @@ class Cluster:
         job, cpus = self.cluster.job, max(row.cpus for row in rows)
         tasks = min(len(rows), self.workers or MOST_TASKS)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        command = ("cluster.sweep.drive", self.table.url, "--executor", self.executor)
+        command: tuple[str, ...] = ("cluster.sweep.drive", self.table.url, "--executor", self.executor)
         command += ("--retry",) if self.retry else ()
         return self._spec(
             name=self.table.name,
