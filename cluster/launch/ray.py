@@ -87,8 +87,8 @@ class Ray:
         plan = self.plan(spec)
         shown: dict[str, Any] = {
             "submission_id": f"{_JOB}_{_TASK}" if spec.array else _JOB,
-            "entrypoint": self._entrypoint(spec),
-            "runtime_env": {"env_vars": self._variables(spec, _JOB, _TASK if spec.array else None)},
+            "entrypoint": self.entrypoint(spec),
+            "runtime_env": {"env_vars": self.variables(spec, _JOB, _TASK if spec.array else None)},
             "metadata": self._metadata(spec),
         }
         if spec.array:
@@ -130,8 +130,8 @@ class Ray:
         secret = passed(spec, os.environ)
         for task in range(spec.array) if spec.array else [None]:
             name = job_id if task is None else f"{job_id}_{task}"
-            variables = self._variables(spec, name, task) | secret
-            self._head.submit(name, self._entrypoint(spec), variables, self._metadata(spec))
+            variables = self.variables(spec, name, task) | secret
+            self._head.submit(name, self.entrypoint(spec), variables, self._metadata(spec))
         return job_id
 
     def state(self, job_id: str) -> str:
@@ -184,7 +184,7 @@ class Ray:
                 f"image={spec.image} has no effect with backend=ray: jobs run in the image of the Ray nodes; drop it"
             )
 
-    def _entrypoint(self, spec: JobSpec) -> str:
+    def entrypoint(self, spec: JobSpec) -> str:
         """The shell line of the driver."""
         python = self.cluster.python or "python"
         words = module_command(spec, python, "cluster.launch.ray_driver", [self.plan(spec).to_json()])
@@ -194,7 +194,7 @@ class Ray:
             words = ["bash", "-c", "\n".join([*self.cluster.setup, 'exec "$0" "$@"']), *words]
         return f"exec {shlex.join(words)}"
 
-    def _variables(self, spec: JobSpec, job_id: str, task: int | str | None) -> dict[str, str]:
+    def variables(self, spec: JobSpec, job_id: str, task: int | str | None) -> dict[str, str]:
         """What the driver and the nodes find in their environment; no secrets. Ray expands a $ in it, so that nodes are told
         the values of `spec.env` once more."""
         own = {JOB_ID: job_id, _STOP_WAIT: str(math.ceil(self.cluster.grace_s) + 60)}
