@@ -4,7 +4,7 @@
     python -m trainer evaluate RUN_URL [--split test] [--limit N]
 
 Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 1 any other failure, 75 preempted
-by SIGTERM or SIGUSR1 after a save, 76 ended by the watchdog, 130 interrupted by SIGINT after a save.
+by SIGTERM or SIGUSR1 after a save, 76 ended by the watchdog, 130 interrupted by SIGINT or cancelled, after a save.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from trainer import restarts
 from trainer.errors import Defect, is_user_error, one_line, wants_traceback
 
 EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
-_EXITS = {"preempted": 75, "interrupted": 130}  # by status of the run
+_EXITS = {"preempted": 75, "interrupted": 130, "cancelled": 130}  # by status of the run
 
 
 def main(argv: list[str] | None = None) -> int:

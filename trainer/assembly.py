@@ -23,6 +23,7 @@ from trainer.callbacks.checkpoint import Checkpoint
 from trainer.callbacks.diagnostics import DiagnosticsLog
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.guard import NONFINITE
+from trainer.callbacks.heartbeat import Heartbeat
 from trainer.callbacks.metrics import MetricsLog
 from trainer.callbacks.preemption import Preemption
 from trainer.callbacks.progress import Progress
@@ -83,6 +84,7 @@ class Watch:
     recovery: Recovery
     preemption: Preemption
     throughput: Throughput
+    heartbeat: Heartbeat
     callbacks: list[pl.Callback] = field(default_factory=list)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSS_WINDOW))
 
@@ -139,7 +141,25 @@ def assemble(parts: Parts) -> Watch:
         event=metrics.event,
         val_every=config.train.val_every,
     )
-    watch = Watch(metrics, recovery, preemption, throughput)
+    resumed = parts.resume_step
+    heartbeat = Heartbeat(
+        parts.store,
+        metrics,
+        watchdog,
+        about={
+            "name": config.name,
+            "attempt": parts.attempt,
+            "resumed_from": resumed or 0,
+            "max_steps": config.train.max_steps,
+            "accelerator": name,
+            "strategy": config.strategy.name,
+            "tokens_per_sample": task.tokens_per_sample(),
+            "parameters": sum(p.numel() for p in task.network.parameters()),
+        },
+        committed=lambda: parts.checkpointer.committed or (resumed and (resumed, 0.0)) or None,
+        obey=preemption.ask,
+    )
+    watch = Watch(metrics, recovery, preemption, throughput, heartbeat)
     skipped = config.recovery.nonfinite == "skip"
     metrics.subscribe(
         lambda rows: watch.losses.extend(
@@ -172,6 +192,7 @@ def assemble(parts: Parts) -> Watch:
                 name=config.name,
             )
         )
+    callbacks.append(heartbeat)
     callbacks.append(watchdog.ready)
     loggers.check(config.log)  # on all ranks: they have the same packages
     if rank == 0:

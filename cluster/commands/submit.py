@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.common import add_command, add_overrides
-from cluster.commands.run import outcome
+from cluster.commands.run import clear, outcome
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
@@ -215,7 +215,7 @@ def _send(
             if fresh:
                 prepare_new(task)
                 begun.append(Store(task.url))
-            Store(task.url).delete_tree("status")  # of an earlier job
+            clear(task.url)
         ship(code, data)
         job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
     except BaseException:

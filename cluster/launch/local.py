@@ -28,6 +28,7 @@ from typing import Any
 
 from cluster.launch import (
     EXIT_HANG,
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
@@ -46,7 +47,6 @@ _MODULE = ("-P", "-m")
 _TO_FILE = ("/bin/sh", "-c", f'exec "$0" "$@" >>"${WORKER_LOGS}/rank-$RANK.log" 2>&1')
 _ROOT = str(Path(__file__).resolve().parents[2])
 
-_EXIT_INTERRUPTED = 130
 _LONGEST_WAIT_S = 60.0
 
 # Failures noticed this close together are one event: which of them is the cause is then told by their kind.
@@ -80,8 +80,8 @@ def _launch_one(job: Job) -> int:
             code = _shell_code(raw)
             if code == EXIT_OK or not restarts.again(raw, f"the worker {_how(raw)}"):
                 break
-    if code > 128:
-        _say(f"the worker was killed by {_signal_name(code - 128)}")
+    if raw < 0:
+        _say(f"the worker was killed by {_signal_name(-raw)}")
     return code
 
 
@@ -123,7 +123,7 @@ def _launch_many(job: Job) -> int:
                 monitor_interval=0.1,
                 local_addr=address,
             )
-            others = dict.fromkeys(range(1, job.processes), Std.ALL) if job.observer is None else Std.NONE
+            others = dict.fromkeys(range(1, job.processes), Std.ALL) if not job.logged else Std.NONE
             agent = Agent(
                 spec=spec,
                 logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
@@ -147,16 +147,16 @@ def _launch_many(job: Job) -> int:
                 raise meet.Lost("the connection to node 0 was lost") from None
             rendezvous.shutdown()
             break
-    written = logs if job.observer is None else os.environ[WORKER_LOGS]
+    written = os.environ[WORKER_LOGS] if job.logged else logs
     code = _report(failed, Path(written), restarts.count) if failed else EXIT_OK
-    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR):
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, EXIT_INTERRUPTED):
         shutil.rmtree(logs, ignore_errors=True)
     return code
 
 
 def _command(job: Job) -> list[str]:
     worker = [sys.executable, *_MODULE, *job.args]
-    return worker if job.observer is None else [*_TO_FILE, *worker]
+    return [*_TO_FILE, *worker] if job.logged else worker
 
 
 def _observe(job: Job, restarts: _Restarts, notes: list[dict[str, Any]], group: Any = None) -> None:
@@ -192,7 +192,7 @@ class _Restarts:
         """Whether to start once more after a failure with `code`; returns when it is time to."""
         if self.job.observer is not None:
             self.job.observer.stopped(cause)
-        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, _EXIT_INTERRUPTED, -signal.SIGINT)
+        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGINT)
         if self.over or final or self.count >= self.job.max_restarts:
             return False
         start = time.monotonic() + min(self.job.restart_wait_s * 2**self.count, _LONGEST_WAIT_S)
@@ -239,7 +239,7 @@ def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0
         line = _last_line(log, starting="keel: error:")
         if line and not spoken:
             print(line, file=sys.stderr)
-    elif code != EXIT_REQUEUE:
+    elif raw not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
         last = _last_line(log)
         _say(f"rank {rank} {_how(raw)}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
     return code

@@ -4,7 +4,7 @@
 
 The environment says which node this is (see `cluster.launch.entry`). A run that has a commit is continued. Exit codes: 0
 done (also when the run diverged), 2 bad input (one line on stderr), 74 the nodes did not meet or lost each other, 75
-preempted after a save (start the job again), 76 hung, 130 interrupted, any other failure; after each but 0, 2 and 130
+preempted after a save (start the job again), 76 hung, 130 interrupted or cancelled, any other failure; after each but 0, 2 and 130
 starting the job again may help.
 """
 
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from cluster.launch import (
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
@@ -31,17 +32,13 @@ from cluster.launch import (
 )
 from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS
 from cluster.launch.spec import INDEX
+from trainer.restarts import HEARTBEAT
 
 if TYPE_CHECKING:
     from cluster.launch.node_watch import NodeWatch
     from datamodules.store import Store
 
-HEARTBEAT = "KEEL_HEARTBEAT_S"
-_REASONS = {
-    EXIT_OK: "done",
-    EXIT_REQUEUE: "preempted after a save",
-    130: "interrupted after a save",
-}
+_ENDS = (EXIT_OK, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_USER_ERROR)  # which the workers tell in the record, if at all
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # little is left to do, and it matters
         watch.close(code, reason)
-        if args.node == 0 and code not in (*_REASONS, EXIT_USER_ERROR):
+        if args.node == 0 and code not in _ENDS:
             with contextlib.suppress(OSError, ValueError):
                 _record_failure(watch.store, before, reason)
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +121,8 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
     try:
         code = launch(job)
     except SystemExit as ended:  # by a signal while no worker ran
-        code = {128 + signal.SIGINT: 130}.get(int(str(ended.code)), EXIT_REQUEUE)
+        interrupted = watch.cancelled or int(str(ended.code)) == 128 + signal.SIGINT
+        code = EXIT_INTERRUPTED if interrupted else EXIT_REQUEUE
     except ValueError as error:
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR, str(error)
@@ -135,10 +133,7 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
             raise
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_LOST, str(error)
-    told = watch.error()
-    if code == EXIT_USER_ERROR and told:
-        return code, told
-    return code, _REASONS.get(code) or ": ".join(filter(None, [watch.cause or f"exit code {code}", told]))
+    return code, watch.reason(code)
 
 
 def _group(args: argparse.Namespace) -> Group | None:

@@ -67,6 +67,10 @@ class Preemption(pl.Callback):
             self._pending.wait()
             self._pending = None
 
+    def ask(self) -> None:
+        """As SIGTERM to this rank; from any thread."""
+        self._received = self._received or signal.SIGTERM
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
