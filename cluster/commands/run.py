@@ -98,7 +98,8 @@ def train(args: argparse.Namespace) -> int:
     if count():  # by torchrun, after a failure: the run is there
         return start(config, resume=True)
     init_process_group(accelerator_name(config.resources.accelerator), config.strategy.timeout_seconds)
-    on_rank_zero(lambda: (prepare_new(config), clear(config.url)))
+    on_rank_zero(lambda: prepare_new(config))
+    on_rank_zero(lambda: clear(config.url))
     return start(config, resume=False)
 
 

@@ -10,10 +10,11 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import local
+from . import local, looks
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
 from .direct import Sink
@@ -192,6 +193,21 @@ class Store:
             return self._local(path, lambda: os.stat(self.local_path(path)).st_size)
         return self._remote(path, lambda held, key, _: self._remote_size(held.filesystem, key))
 
+    def children(self, prefix: str = "") -> tuple[list[str], list[str]]:
+        """(folders, objects) directly below the folder `prefix`: their last names, sorted. None is no error."""
+        _checked(prefix)
+        if self.is_local:
+            return self._local(prefix, lambda: local.children(self.local_path(prefix)))
+
+        def attempt(held: Client, key: str, _n: int) -> tuple[list[str], list[str]]:
+            try:
+                return looks.children(held.filesystem, key)
+            except FileNotFoundError:
+                self._check_bucket(held.filesystem)
+                return [], []
+
+        return self._remote(prefix, attempt)
+
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
         _checked(prefix)
@@ -209,11 +225,19 @@ class Store:
                 return []
             if not found:
                 self._check_bucket(fs)
-            cut = key.strip("/") + "/" if key.strip("/") else ""
-            names = [name.strip("/") for name in found]
-            return sorted(lead + name[len(cut) :] for name in names if name.startswith(cut) and name != cut)
+            return [lead + name for name in looks.below(found, key)]
 
         return self._remote(prefix, attempt)
+
+    def times(self, path: str) -> tuple[float, float] | None:
+        """When an object was last written and what time it is, in seconds since the epoch, both by the store's own clock
+        (S3: whole seconds; a local disk: this machine's); None where a store does not tell."""
+        if self.is_local:
+            return self._local(path, lambda: (os.stat(self.local_path(path)).st_mtime, time.time()))
+        if self._protocol not in S3_PROTOCOLS:
+            return None
+
+        return self._remote(path, lambda held, key, _: looks.times(held.filesystem, key))
 
     # Writing
 
