@@ -81,7 +81,7 @@ class NodeWatch(Observer):
         return int(self._state["attempt"] or 0) + 1
 
     def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"python": platform.python_version(), "keel code": _code()}
+        found: dict[str, Any] = {"python": platform.python_version(), "keel code": code_version()}
         for package in _PACKAGES:
             with contextlib.suppress(PackageNotFoundError):
                 found[package] = version(package)
@@ -220,7 +220,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _code() -> str:
+def code_version() -> str:
     """What tells two states of the code apart: the digest of the snapshot that it lies in, else its version."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".keel-snapshot.json").is_file():

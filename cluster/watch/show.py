@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cluster.commands.common import number
 from cluster.watch.seen import Said, Seen
-from cluster.watch.units import duration, rate
+from cluster.watch.units import ago, duration, rate
 from cluster.watch.verdict import DONE, GOING, Verdict
 
 _COLOURS = dict.fromkeys((*GOING, *DONE), "green") | {"queued": "cyan", "diverged": "yellow"}
@@ -113,10 +113,10 @@ def _lines(
         last = next((cause for cause in reversed(causes) if cause), "")
         yield "attempts", f"{len(attempts)}" + (f"; the last after: {last}" if last else "")
     if commit:
-        ago = f", {duration(max(time.time() - commit[1], 0))} ago" if commit[1] else ""
-        yield "commit", f"step {commit[0]:,}{ago}"
-    if told["heartbeat_age_s"] is not None and not over:
-        yield "heartbeat", f"{duration(told['heartbeat_age_s'])} ago, due every {duration(told['heartbeat_s'])}"
+        yield "commit", f"step {commit[0]:,}" + (f", {ago(time.time() - commit[1])}" if commit[1] else "")
+    if told["heartbeat_age_s"] is not None:
+        due = "" if over else f", due every {duration(told['heartbeat_s'])}"
+        yield "ended" if over else "heartbeat", ago(told["heartbeat_age_s"]) + due
     yield (
         "clocks",
         "; ".join(
@@ -186,7 +186,7 @@ def runs_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             "" if speed is None else rate(speed, told["throughput_unit"].removesuffix("/s")),
             f"{told['nodes']} x {told['processes']}" if told["nodes"] else "",
             "" if told["attempt"] is None else str(told["attempt"]),
-            "" if told["heartbeat_age_s"] is None else f"{duration(told['heartbeat_age_s'])} ago",
+            "" if told["heartbeat_age_s"] is None else ago(told["heartbeat_age_s"]),
         )
     return table
 

@@ -17,6 +17,11 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def ago(seconds: float) -> str:
+    """`now`, `42 s ago`, `2 h 5 min ago`."""
+    return "now" if seconds < 0.9995 else f"{duration(seconds)} ago"
+
+
 def rate(per_second: float, unit: str) -> str:
     """`13.3 steps/s`, `1.2 M tokens/s`; slow ones as seconds each: `4.2 s/step`."""
     if unit == "steps" and 0 < per_second < 0.5:

@@ -49,6 +49,8 @@ def judge(seen: Seen, job: str | None = None) -> Verdict:
     verdict = _by_store(seen)
     if job == "queued" and verdict.state in ("dead", "preempted", "queued", "failed"):
         return Verdict("queued", "" if verdict.state == "queued" else f"again; before, it was {verdict.state}")
+    if job == "cancelled" and verdict.state in ("preempted", "interrupted"):
+        return Verdict("cancelled", verdict.why)
     if job == "running":
         if verdict.state == "dead":
             return Verdict("stalled", f"{verdict.why}, although its job runs")

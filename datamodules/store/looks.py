@@ -7,19 +7,30 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 
-def below(names: Iterable[str], key: str) -> list[str]:
-    """Those of `names` that lie below the folder `key`, sorted, relative to it."""
+def objects(filesystem: Any, key: str) -> list[str]:
+    """All objects below the folder `key`, sorted, relative to it."""
+    try:
+        return _below(filesystem.find(key), key)
+    except FileNotFoundError:
+        return []
+
+
+def _below(names: Iterable[str], key: str) -> list[str]:
     lead = key.strip("/") + "/" if key.strip("/") else ""
     found = (name.strip("/") for name in names)
     return sorted(name[len(lead) :] for name in found if name.startswith(lead) and name != lead)
 
 
 def children(filesystem: Any, key: str) -> tuple[list[str], list[str]]:
-    """(folders, objects) directly below `key`. Raises FileNotFoundError for none."""
-    found = filesystem.ls(key, detail=True)
-    kinds = ("directory", "file")
-    folders, objects = (below([entry["name"] for entry in found if entry["type"] == kind], key) for kind in kinds)
-    return [name for name in folders if name], [name for name in objects if name]
+    """(folders, objects) directly below the folder `key`: their last names, sorted."""
+    try:
+        found = filesystem.ls(key, detail=True)
+    except FileNotFoundError:
+        return [], []
+    folders, files = (
+        _below([entry["name"] for entry in found if entry["type"] == kind], key) for kind in ("directory", "file")
+    )
+    return folders, files
 
 
 def times(filesystem: Any, key: str) -> tuple[float, float] | None:

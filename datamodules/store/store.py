@@ -200,11 +200,10 @@ class Store:
             return self._local(prefix, lambda: local.children(self.local_path(prefix)))
 
         def attempt(held: Client, key: str, _n: int) -> tuple[list[str], list[str]]:
-            try:
-                return looks.children(held.filesystem, key)
-            except FileNotFoundError:
+            found = looks.children(held.filesystem, key)
+            if not any(found):
                 self._check_bucket(held.filesystem)
-                return [], []
+            return found
 
         return self._remote(prefix, attempt)
 
@@ -217,15 +216,10 @@ class Store:
             return self._local(prefix, lambda: [lead + name for name in local.walk(self.local_path(prefix))])
 
         def attempt(held: Client, key: str, _n: int) -> list[str]:
-            fs = held.filesystem
-            try:
-                found = fs.find(key)
-            except FileNotFoundError:
-                self._check_bucket(fs)
-                return []
-            if not found:
-                self._check_bucket(fs)
-            return [lead + name for name in looks.below(found, key)]
+            names = looks.objects(held.filesystem, key)
+            if not names:
+                self._check_bucket(held.filesystem)
+            return [lead + name for name in names]
 
         return self._remote(prefix, attempt)
 
@@ -260,6 +254,11 @@ class Store:
             return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
         body = bytes(data)
         return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
+
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the server was found to check conditions, by `create`; None where that is not yet, or never, asked."""
+        return None if self.is_local else self._client().conditional.get(self._root.split("/")[0])
 
     def write_json(self, path: str, value: Any) -> None:
         """`value` as canonical JSON: sorted keys, no spaces, so that equal values are equal bytes."""

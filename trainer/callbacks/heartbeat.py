@@ -273,6 +273,7 @@ def memory() -> dict[str, int]:
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         found["memory"] = pages * resource.getpagesize()
+        found["memory_peak"] = max(peak, found["memory"])
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         device = torch.cuda.current_device()
         found |= {
