@@ -149,7 +149,9 @@ def _ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     verdict = judge(seen)
     if seen.job is None:
         return seen, verdict, None
-    said: dict[str, Any] = {"id": seen.job["job_id"], "backend": seen.job["backend"], "state": None}
+    index = seen.job.get("index")
+    name = seen.job["job_id"] if index is None else f"{seen.job['job_id']}_{index}"
+    said: dict[str, Any] = {"id": name, "backend": seen.job["backend"], "state": None}
     if verdict.state not in ("done", "diverged"):
         said["state"], said["error"] = _job_state(store)
         verdict = judge(seen, said["state"])

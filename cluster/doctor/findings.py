@@ -37,7 +37,8 @@ class Finding:
 
 def judge(report: Mapping[str, Any]) -> list[Finding]:
     """All checks, in the order in which they are shown."""
-    ranks: Ranks = report["ranks"]
+    # By node: which of them has rank 0 is up to chance, and of equals the first is taken for the usual one.
+    ranks: Ranks = sorted(report["ranks"], key=lambda rank: (rank["node"], rank["rank"]))
     nodes = [rank for rank in ranks if rank["rank"] % report["processes_per_node"] == 0]
     return [
         _versions(ranks),
@@ -61,7 +62,7 @@ def who(rank: Mapping[str, Any], whole: bool = False) -> str:
 def odd(
     ranks: Ranks, value: Callable[[Mapping[str, Any]], Any], what: str, shown: Callable[[Any], str] = str
 ) -> list[str]:
-    """Those whose value is not that of most (of equals: not that of the first rank), in one line per node and value."""
+    """Those whose value is not that of most (of equals: of the first), in one line per node and value."""
     values = [value(rank) for rank in ranks]
     usual = Counter(map(repr, values)).most_common(1)[0][0]
     common = next(each for each in values if repr(each) == usual)

@@ -3,8 +3,10 @@ its time limit and with a lost node, a run ends bitwise as one that was left alo
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -101,9 +103,9 @@ def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: Sl
     finally:
         slurm.start("n2")
     assert training(5) >= resumed[3]
-    read_job(store).open().cancel(job)
+    assert keel("cancel", store.url) == 0
     assert slurm.wait(job, "cancelled") == "cancelled"
-    assert read_record(store)["status"] == "preempted"
+    assert read_record(store)["status"] == "cancelled"
 
     steps = committed_steps(store.sub("checkpoints"))[-1] + 20
     assert keel("resume", store.url, "--on", place / "slurm.yaml", f"train.max_steps={steps}", "nodes=2") == 0
@@ -121,7 +123,9 @@ def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: Sl
     assert [(node["phase"], node["exit_code"]) for node in ended] == [("ended", 0)] * 2
 
 
-def test_an_array_of_runs_and_one_that_is_cancelled(place: Path, slurm: SlurmCluster) -> None:
+def test_an_array_of_runs_and_one_that_is_cancelled(
+    place: Path, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = yaml.safe_load((place / "run.yaml").read_text())["url"]
     settings = ("train.max_steps=8", "array=2", f"url={url}-{{index}}", "seed={index}")
     assert keel("submit", place / "run.yaml", "--on", place / "slurm.yaml", *settings) == 0
@@ -132,13 +136,32 @@ def test_an_array_of_runs_and_one_that_is_cancelled(place: Path, slurm: SlurmClu
     assert [record["status"] for record in records] == ["ok", "ok"]
     assert records[0]["config"]["seed"] == 0 and records[1]["config"]["seed"] == 1
     assert records[0]["loss"] != records[1]["loss"]
+    assert keel("status", tasks[1].url) == 0 and f"{job.job_id}_1 on slurm" in capsys.readouterr().out
 
     store, cancelled = submit(place, f"url={url}-cancelled")
     wait_until(lambda: step(store) > 0, "the run to train", 90)
-    read_job(store).open().cancel(cancelled)
-    assert slurm.wait(cancelled, "cancelled") == "cancelled"
+    wait_until(lambda: store.list("logs"), "a log", 60)
+
+    def told(code: int) -> dict[str, Any]:
+        capsys.readouterr()
+        assert keel("status", store.url, "--json") == code
+        return dict(json.loads(capsys.readouterr().out))
+
+    now = wait_until(lambda: (said := told(0))["state"] == "running" and said, "the run to be heard", 60)
+    assert now["job"] == {"id": cancelled, "backend": "slurm", "state": "running", "error": None}
+    # From a machine that knows nothing of this Slurm the store tells the same.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", "/nowhere")
+        assert (far := told(0))["state"] == "running" and "is not installed here" in far["job"]["error"]
+        assert keel("logs", store.url) == 0
+        assert keel("cancel", store.url) == 0
+        assert "a request lies in the store" in capsys.readouterr().out
+    assert (
+        slurm.wait(cancelled, "failed") == "failed"
+    )  # to Slurm it is a job that ended with 130, and was not queued again
+    assert told(1)["state"] == "cancelled"
     record = read_record(store)
-    assert record["status"] == "preempted" and committed_steps(store.sub("checkpoints"))[-1] == record["steps"]
+    assert record["status"] == "cancelled" and committed_steps(store.sub("checkpoints"))[-1] == record["steps"]
 
 
 def test_nothing_is_left_behind_by_a_job_that_is_refused(

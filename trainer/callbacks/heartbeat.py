@@ -94,7 +94,7 @@ class Heartbeat(pl.Callback):
         node = os.environ.get(NODE) or str(self._rank // self._local)
         self._path = WORKERS.format(node)
         self._node = int(node)
-        key = hashlib.sha256(f"{store.url} {about.get('attempt')}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(store.url.encode()).hexdigest()[:16]
         self._folder = Path(tempfile.gettempdir()) / f"keel-heartbeat-{os.getuid()}-{key}"
         self._started = time.time()
         self._step, self._step_time = 0, self._started
@@ -209,7 +209,7 @@ class Heartbeat(pl.Callback):
         for rank in range(self._rank + 1, self._rank + self._local):
             with contextlib.suppress(OSError, ValueError):
                 found.append(json.loads((self._folder / f"rank-{rank}.json").read_text()))
-        return found
+        return [each for each in found if each["attempt"] == self._about["attempt"]]  # others were killed
 
     def _mine_now(self, now: float) -> dict[str, Any]:
         totals = _Totals(**vars(self._totals))
@@ -221,6 +221,7 @@ class Heartbeat(pl.Callback):
         phase, step = self._watchdog.now
         found = {
             "rank": self._rank,
+            "attempt": self._about["attempt"],
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "time": now,
