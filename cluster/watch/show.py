@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def summary(seen: Seen, verdict: Verdict, *, name: str = "") -> dict[str, Any]:
     step, total = run.get("step", record.get("steps")), run.get("max_steps")
     if total is None and record:
         total = record.get("config", {}).get("train", {}).get("max_steps")
-    steps_per_s = None if verdict.state in _RESULTS else run.get("steps_per_s")
+    steps_per_s = None if verdict.over else run.get("steps_per_s")
     eta = (total - step) / steps_per_s if steps_per_s and total and step is not None else None
     tokens = row.get("throughput/tokens_per_s")
     heard = [said for said in (seen.run, *seen.nodes.values()) if said is not None]
@@ -175,7 +176,7 @@ def runs_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for path, told in rows:
         state = str(told["state"])
-        speed = told["throughput"] if state not in _RESULTS else None
+        speed = None if told["steps_per_s"] is None else told["throughput"]
         table.add_row(
             Text(path),
             Text(state, style=_COLOURS.get(state, "red")),
@@ -188,6 +189,11 @@ def runs_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             "" if told["attempt"] is None else str(told["attempt"]),
             "" if told["heartbeat_age_s"] is None else ago(told["heartbeat_age_s"]),
         )
+    counts = Counter(str(told["state"]) for _, told in rows)
+    table.caption = f"{len(rows)} run{'s' * (len(rows) != 1)}: " + ", ".join(
+        f"{n} {name}" for name, n in counts.most_common()
+    )
+    table.caption_justify = "left"
     return table
 
 

@@ -205,6 +205,7 @@ def test_runs_below_a_url_are_found_and_read_with_few_requests(
     assert len(reads) <= 3 * 4
     assert cli.main(["ls", root.url, "--sort", "loss"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert " ".join(lines.pop()) == "4 runs: 2 running, 1 done, 1 queued"
     assert [line[0] for line in lines[2:]] == ["z", "a/b/dead", "a/b/slow", "q"]
     assert lines[2][1:5] == ["done", "1,200", "10,000", "0.125"]
     assert cli.main(["ls", root.url, "--json", "--state", "queued,done"]) == 0
@@ -216,12 +217,13 @@ def test_runs_below_a_url_are_found_and_read_with_few_requests(
 
 
 def test_the_stores_clock_counts_and_a_wrong_clock_is_told(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
-    store = put(Store(s3.url("x")), "run", run(-3600), node(3600))
+    days = 60.5 * 3600
+    store = put(Store(s3.url("x")), "run", run(-days), node(days))
     what = look(store)
-    assert what.run is not None and 0 <= what.run.age < 30 and abs((what.run.skew or 0) - 3600) < 30
+    assert what.run is not None and 0 <= what.run.age < 30 and abs((what.run.skew or 0) - days) < 30
     assert judge(what).state == "running"
     assert cli.main(["status", store.url]) == 0
-    assert "is 1 h behind the store's" in capsys.readouterr().out
+    assert "is 2 d 12 h behind the store's" in capsys.readouterr().out
 
 
 def test_logs_are_followed_from_where_they_were_cut(tmp_path: Path) -> None:
