@@ -61,7 +61,7 @@ def submitted(url: str) -> Any:
     return job
 
 
-def until(url: str, *states: str, seconds: float = 90) -> str:
+def until(url: str, *states: str, seconds: float = 240) -> str:
     deadline = time.monotonic() + seconds
     job = submitted(url)
     while (state := job.open().state(job.job_id)) not in states:
