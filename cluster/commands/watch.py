@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BACKEND_S = 15.0  # a backend that does not answer for so long is not reachable from here
 _CODES = (
-    "exit code: 0 it goes on or has its result (queued, waiting, starting, restarting, running, done, diverged);\n"
+    "exit code: 0 it goes on or has its result (queued, waiting, starting, restarting, running, done, diverged, pruned);\n"
     "1 somebody should look (stalled, dead, failed, preempted, cancelled, interrupted, unknown); 2 your error."
 )
 
@@ -143,7 +143,7 @@ def status(args: argparse.Namespace) -> int:
 def _ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     """What is seen of a run, what it means, and its job."""
     from cluster.watch.seen import look
-    from cluster.watch.verdict import judge
+    from cluster.watch.verdict import DONE, judge
 
     seen = look(store)
     verdict = judge(seen)
@@ -152,7 +152,7 @@ def _ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     index = seen.job.get("index")
     name = seen.job["job_id"] if index is None else f"{seen.job['job_id']}_{index}"
     said: dict[str, Any] = {"id": name, "backend": seen.job["backend"], "state": None}
-    if verdict.state not in ("done", "diverged"):
+    if verdict.state not in DONE:
         said["state"], said["error"] = _job_state(store)
         verdict = judge(seen, said["state"])
     return seen, verdict, said

@@ -15,7 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR, WORKER_LOGS, Observer, Start
+from cluster.launch import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_UNAVAILABLE,
+    EXIT_USER_ERROR,
+    WORKER_LOGS,
+    Observer,
+    Start,
+)
 from datamodules.store import Store, StoreError
 from trainer.status import requested
 
@@ -133,7 +142,7 @@ class NodeWatch(Observer):
     def reason(self, code: int) -> str:
         """How the workers ended, in a few words."""
         told = self.error()
-        if code == EXIT_USER_ERROR and told:
+        if code in (EXIT_USER_ERROR, EXIT_UNAVAILABLE) and told:
             return told
         if code == EXIT_INTERRUPTED and requested(self.store):
             return "cancelled" if self.cancelled else "cancelled after a save"

@@ -17,8 +17,8 @@ from cluster.watch.seen import Said, Seen
 from cluster.watch.units import ago, duration, rate
 from cluster.watch.verdict import DONE, GOING, Verdict
 
-_COLOURS = dict.fromkeys((*GOING, *DONE), "green") | {"queued": "cyan", "diverged": "yellow"}
-_RESULTS = ("done", "diverged", "failed", "preempted", "cancelled", "interrupted")
+_COLOURS = dict.fromkeys((*GOING, *DONE), "green") | {"queued": "cyan", "diverged": "yellow", "pruned": "yellow"}
+_RESULTS = (*DONE, "failed", "preempted", "cancelled", "interrupted")
 
 
 def summary(seen: Seen, verdict: Verdict, *, name: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cluster.watch.units import duration
 # It goes on, or will.
 GOING = ("queued", "waiting", "starting", "restarting", "running")
 # It has ended with a result.
-DONE = ("done", "diverged")
+DONE = ("done", "diverged", "pruned")
 # It has ended, or goes on, in a way that somebody should look at.
 TROUBLE = ("stalled", "dead", "failed", "preempted", "cancelled", "interrupted", "unknown")
 
@@ -129,8 +129,8 @@ def _nodes_ended(seen: Seen) -> Verdict:
     code, reason = bad.get("exit_code"), str(bad.get("reason") or "")
     if code == EXIT_OK:
         return Verdict("done")
-    if code == EXIT_REQUEUE:
-        return Verdict("preempted", reason)
+    if code == EXIT_REQUEUE:  # also where it was told to end before anything was there to be saved
+        return Verdict("cancelled" if seen.cancelled else "preempted", reason)
     if code == EXIT_INTERRUPTED:
         return Verdict("cancelled" if seen.cancelled else "interrupted", reason)
     return Verdict("failed", reason)

@@ -7,7 +7,6 @@ libraries below or `pathlib` (which would turn `s3://b/k` into `s3:/b/k`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import time
@@ -17,9 +16,10 @@ from typing import Any, TypeVar
 from . import local, looks
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
-from .direct import Sink
-from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
-from .retry import Retry, chain, is_connect_fault, is_transient, response_of
+from .direct import Sink, Tags
+from .errors import Changed, NoBucket, NotFound, ShortRead, StoreError
+from .retry import Retry, is_connect_fault, is_transient, response_of
+from .translate import translate
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
@@ -116,11 +116,16 @@ class Store:
         """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
         return self.read_ranges([(path, start, end)])[0]
 
-    def read_ranges(self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None) -> list[bytes]:
+    def read_ranges(
+        self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None, tags: Tags | None = None
+    ) -> list[bytes]:
         """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request.
 
         With ``sinks``, one for each range, the bytes go to these instead, piece by piece as they come, in order within a
         range, from several threads: ``sink(offset, piece)``. A range that is tried again begins at offset 0 again.
+
+        With ``tags``, a dictionary that the caller keeps, bytes of different calls are of the same objects: `Changed` if one
+        was replaced meanwhile, as its ETag tells, where the store gives one.
         """
         for path, start, end in requests:
             if not 0 <= start <= end:
@@ -145,7 +150,7 @@ class Store:
             fault: tuple[int, BaseException] | None = None
             parts = [(self._key(requests[i][0]), *requests[i][1:]) for i in todo]
             theirs = None if sinks is None else [sinks[i] for i in todo]
-            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs)
+            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs, tags)
             missing = []
             for i, result in zip(todo, results, strict=True):
                 path, start, end = requests[i]
@@ -162,6 +167,9 @@ class Store:
             if fault is not None:
                 path, start, end = requests[fault[0]]
                 blamed[0] = path
+                if isinstance(fault[1], Changed):
+                    told = "was replaced by another object while it was read; put the old one back"
+                    raise Changed(f"{self.join(path)}: {told}", path, self._key(path)) from None
                 self._check_length(held.filesystem, path, start, end, fault[1])
                 raise fault[1]
 
@@ -240,7 +248,8 @@ class Store:
         if self.is_local:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
         else:
-            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, bytes(data)))
+            body = _body(data)
+            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, body))
 
     def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
         """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.
@@ -252,7 +261,7 @@ class Store:
         """
         if self.is_local:
             return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
-        body = bytes(data)
+        body = _body(data)
         return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
 
     @property
@@ -287,6 +296,9 @@ class Store:
             self._local("", lambda: local.sweep(self._root, age))
 
     # Plumbing
+
+    def _url(self, path: str) -> str:
+        return self.join(path) if path else self.url
 
     def _key(self, path: str) -> str:
         _checked(path)
@@ -340,7 +352,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            raise self._translate(error, (names or {}).get(error.filename, path)) from error
+            raise translate(error, self._url((names or {}).get(error.filename, path)), self.is_local) from error
 
     def _remote(self, path: str, operation: Callable[[Client, str, int], T], blamed: Sequence[str] = ()) -> T:
         held = self._client()
@@ -364,34 +376,15 @@ class Store:
             where = blamed[0] if blamed else path
             if isinstance(error, FileNotFoundError):
                 self._check_bucket(held.filesystem)
-            raise self._translate(error, where) from error
+            raise translate(error, self._url(where), self.is_local) from error
 
-    def _translate(self, error: Exception, path: str) -> StoreError:
-        url = self.join(path) if path else self.url
-        names = {type(link).__name__ for link in chain(error)}
-        status, code = response_of(error)
-        text = " ".join(str(error).split()) or type(error).__name__
-        if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"}:
-            return AccessDenied(
-                f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        if isinstance(error, NotADirectoryError):
-            return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
-        if isinstance(error, FileNotFoundError):
-            return NotFound(f"{url}: not found; check the URL")
-        if isinstance(error, PermissionError) or status in (401, 403):
-            hint = (
-                "check its permissions"
-                if self.is_local
-                else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
-            )
-            return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutOfSpace(f"{url}: no space left for it ({error.strerror}); free space and start again")
-        if is_transient(error):
-            endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
-            return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")
-        return StoreError(f"{url}: {type(error).__name__}: {text}")
+
+def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:
+    """What filesystems write, botocore among them, which takes no memoryview: copied only if it is a part of something."""
+    if not isinstance(data, memoryview):
+        return data
+    whole = data.obj
+    return whole if isinstance(whole, (bytes, bytearray)) and len(whole) == data.nbytes else bytes(data)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -19,6 +19,7 @@ from trainer.callbacks.checkpoint import Checkpoint
 from trainer.callbacks.selfcheck import SelfCheck
 from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import CheckpointError, checkpointer, committed_steps, loading, read_manifest, state, verify
+from trainer.checkpoint.manifest import writer_name
 from trainer.config import ConfigError
 from trainer.lifecycle import prepare_new, prepare_resume
 from trainer.records import read_metrics, read_record
@@ -80,7 +81,7 @@ def resumed(url: str, lose: str, patch: pytest.MonkeyPatch) -> list[float] | str
     elif lose in ("state.pt", "manifest"):
         folder = Path(url) / "checkpoints" / "step-00000004"
         name = "state.pt" if lose == "state.pt" else "manifest.json"
-        (folder / name).unlink()
+        (folder / f"{writer_name(1)}{name}").unlink()
     seen: list[int] = []
     start = SelfCheck.on_train_start
     patch.setattr(SelfCheck, "on_train_start", lambda self, *a: (seen.append(self._step), start(self, *a)))
