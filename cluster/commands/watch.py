@@ -123,7 +123,7 @@ def status(args: argparse.Namespace) -> int:
     from trainer.records import read_attempts
 
     store = open_run(args.url)
-    seen, verdict, said = (_wait if args.wait else _ask)(store)
+    seen, verdict, said = (_wait if args.wait else ask)(store)
     told = summary(seen, verdict, name=_name(seen))
     commit, attempts = last_commit(store), read_attempts(store)
     if args.json:
@@ -140,7 +140,7 @@ def status(args: argparse.Namespace) -> int:
     return verdict.exit_code
 
 
-def _ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
+def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     """What is seen of a run, what it means, and its job."""
     from cluster.watch.seen import look
     from cluster.watch.verdict import DONE, judge
@@ -207,7 +207,7 @@ def _name(seen: Seen) -> str:
 
 def _wait(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     while True:
-        found = _ask(store)
+        found = ask(store)
         if found[1].over:
             return found
         heard = found[0].run or next(iter(found[0].nodes.values()), None)
@@ -227,7 +227,7 @@ def logs(args: argparse.Namespace) -> int:
 
     found = find()
     if args.follow:
-        for line in follow(store, find, lambda: _ask(store)[1].over, tail=args.tail):
+        for line in follow(store, find, lambda: ask(store)[1].over, tail=args.tail):
             print(line, flush=True)
         return 0
     if found:
@@ -263,7 +263,7 @@ def cancel(args: argparse.Namespace) -> int:
     from trainer.status import CANCEL
 
     store = open_run(args.url)
-    _, verdict, said = _ask(store)
+    _, verdict, said = ask(store)
     if verdict.over and verdict.state != "dead":
         print(f"{store.url} has ended before: {verdict.state}")
         return 0
