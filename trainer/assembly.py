@@ -36,7 +36,7 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import to_dict
 from trainer.distributed import on_rank_zero
 from trainer.flops import peak_and_source
-from trainer.records import MetricsWriter, TraceWriter, read_attempts, read_metrics
+from trainer.records import MetricsWriter, TraceWriter, read_attempts
 from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
 
@@ -52,7 +52,6 @@ class Parts:
         store: the run's URL.
         checkpointer: over `store`'s `checkpoints/`.
         attempt: number of this attempt, 1 for the first.
-        resume_step: the step that is continued from; None: a fresh start.
         flops: forward and backward of one sample; None: not counted.
         trace: where the ids of samples go, if anywhere.
         rollback: what this attempt goes back for, if it does.
@@ -67,7 +66,6 @@ class Parts:
     task: Task
     data: Any
     attempt: int
-    resume_step: int | None
     flops: int | None
     writer: MetricsWriter
     trace: TraceWriter | None
@@ -161,8 +159,8 @@ def assemble(parts: Parts) -> Watch:
     if config.recovery.parity_every:
         callbacks.append(parity.Parity(config.recovery.parity_every))
     callbacks += [metrics, recovery, preemption, *([check] if check else []), saver]
-    if on_rank_zero(lambda: _validation_is_missing(parts.store, config, parts.resume_step)):
-        callbacks.append(MissedValidation())
+    if config.train.val_every:
+        callbacks.append(MissedValidation(parts.store, config.train.val_every))
     if config.log.progress and rank == 0:
         callbacks.append(
             Progress(
@@ -175,9 +173,7 @@ def assemble(parts: Parts) -> Watch:
     callbacks.append(watchdog.ready)
     loggers.check(config.log)  # on all ranks: they have the same packages
     if rank == 0:
-        kinds = loggers.sinks(
-            config.log, parts.store, name=config.name, settings=to_dict(config), resume_step=parts.resume_step
-        )
+        kinds = loggers.sinks(config.log, parts.store, name=config.name, settings=to_dict(config))
         callbacks.append(loggers.Loggers(metrics, parts.store, kinds))
     callbacks.append(throughput)  # last
     return watch
@@ -188,12 +184,3 @@ def before_save(metrics: MetricsLog, check: SelfCheck | None) -> None:
     metrics.flush(wait=False)
     if check is not None:
         check.measure()
-
-
-def _validation_is_missing(store: Store, config: RunConfig, resume_step: int | None) -> bool:
-    """Whether the run was killed between a save and the validation of the same step."""
-    if not resume_step or not config.train.val_every or resume_step % config.train.val_every:
-        return False
-    return not any(
-        row["step"] == resume_step and any(name.startswith("val/") for name in row) for row in read_metrics(store)
-    )

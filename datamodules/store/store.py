@@ -10,10 +10,10 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import local
+from . import local, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
 from .direct import Sink
@@ -223,6 +223,20 @@ class Store:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
         else:
             self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, bytes(data)))
+
+    def write_pieces(self, path: str, pieces: Iterable[Any], size: int) -> None:
+        """As `write`, of `size` bytes that come in pieces (anything with the buffer protocol). Files and S3 objects are
+        written as the pieces come; other stores get them in one."""
+        flat = (memoryview(piece).cast("B") for piece in pieces)
+        if self.is_local:
+            self._local(path, lambda: local.write_pieces(self.local_path(path), flat))
+        elif self._protocol in S3_PROTOCOLS and size > multipart.PART_BYTES:
+            bucket, _, key = self._key(path).partition("/")
+            multipart.upload(
+                lambda call: self._remote(path, lambda held, *_: call(held.filesystem)), bucket, key, flat, size
+            )
+        else:
+            self.write(path, b"".join(flat))
 
     def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
         """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.

@@ -19,7 +19,7 @@ from tests.conftest import unavailable
 from tests.helpers.runs import fno_config, lm_config
 from trainer import config as configs
 from trainer.planning import simulate
-from trainer.planning.advice import what_fits
+from trainer.planning.advice import _candidates, changes_numbers, what_fits
 from trainer.planning.devices import TABLE, find, recognise
 from trainer.planning.estimate import ATTAINABLE, plan, sent_bytes, speed
 from trainer.planning.fake import fake_world
@@ -200,12 +200,14 @@ def test_what_would_fit_is_found_and_does() -> None:
     tight = dataclasses.replace(TABLE["h100"], memory=0.5 * roomy.trace.peak)
     assert not plan(config, tight).fits
     found = what_fits(config, tight)
-    assert found
+    assert found and not any(changes_numbers(overrides) for overrides, _ in found)
     for overrides, made in found:
         assert made.fits, overrides
         assert made.config.train.global_batch == 64
         assert dataclasses.asdict(made.config.model) == dataclasses.asdict(config.model)
     assert what_fits(config, dataclasses.replace(tight, memory=1000.0)) == []
+    *exact, last = _candidates(config)  # what computes other numbers comes last, and is told
+    assert changes_numbers(last) and not any(map(changes_numbers, exact))
 
 
 def test_devices() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
-from trainer.callbacks import parity
+from trainer.callbacks import parity, watchdog
 from trainer.callbacks.watchdog import Watchdog, describe
 from trainer.checkpoint import committed_steps
 from trainer.lifecycle import prepare_new
@@ -83,7 +84,7 @@ class Recorded(Watchdog):
     """Notes hangs instead of ending the process."""
 
     def _hang(self, *args: Any) -> None:
-        self.hung = args[1:3]
+        self.hung = args[:2]
         self._stop.set()
 
 
@@ -109,6 +110,48 @@ def test_time_in_which_the_process_was_stopped_is_no_hang(tmp_path, monkeypatch)
     ticks = iter([1.0] * 12)
     dog._watch()
     assert dog.hung == ("forward", 3)
+
+
+class Silent:
+    """The store of a process group whose holder stands still: no question is ever answered."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def check(self, *_: Any) -> Any:
+        self.asked.set()
+        threading.Event().wait()
+
+    set = add = get = check
+
+
+def test_a_rank_that_holds_the_groups_store_and_stands_still_is_named(tmp_path, monkeypatch) -> None:
+    ended, lines, codes = threading.Event(), [], []
+    store = Silent()
+    monkeypatch.setattr(watchdog, "_shared_store", lambda: store)
+    monkeypatch.setattr(watchdog, "_EXCHANGE_S", 0.2)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 1)
+
+    class Ends(Watchdog):
+        def _hang(self, *args: Any) -> None:
+            assert store.asked.wait(10), "the other rank was not asked"
+            super()._hang(*args)
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    dog = Ends(Store(str(tmp_path)), 1, init_seconds=0.3, step_seconds=0.3, tell=lines.append)
+    dog.setup(SimpleNamespace(global_step=0), None, "fit")  # type: ignore[arg-type]
+    try:
+        assert ended.wait(30) and codes == [EXIT_HANG]
+    finally:
+        dog._end()
+    assert "rank 0 does not answer; the others are in start-up of step 1" in lines[0]
+    assert (tmp_path / "hangs/0001/rank-00001.txt").exists()
 
 
 def test_each_phase_has_its_limit() -> None:

@@ -30,8 +30,7 @@ class Guard(pl.Callback):
 
     Per step: the norms of the gradients, a sort of `window` numbers, and one all-reduce of two numbers, all on the
     device; the ranks get the same answer, and no host waits for it. Where a step is to be skipped, parameters and
-    optimiser state are what they were before it: by the optimiser's own `found_inf` where it has that (torch's fused
-    ones), else from a copy of this rank's share of both, made before each step.
+    optimiser state are what they were before it, from a copy of this rank's share of both, made before each step.
 
     Args:
         log: gets the columns.
@@ -75,8 +74,7 @@ class Guard(pl.Callback):
             for group in optimizer.param_groups:
                 if group.get("capturable") is False and any(p.is_cuda for p in group["params"]):
                     group["capturable"] = True  # step counts on the device, where they can be undone
-            if not _undoes(optimizer):
-                self._handles.append(optimizer.register_step_post_hook(self._restore))
+            self._handles.append(optimizer.register_step_post_hook(self._restore))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -112,10 +110,7 @@ class Guard(pl.Callback):
         skip = torch.zeros((), dtype=torch.bool, device=device)
         skip = skip | nonfinite if self.skip_nonfinite else skip
         self._bad = skip | spike if self.skip_spike else skip
-        if _undoes(optimizer):
-            optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
-        else:
-            self._before = [(part, part.clone()) for part in _parts(optimizer)]
+        self._before = [(part, part.clone()) for part in _parts(optimizer)]
 
     # -------------------------------------------------------------------------------------------------------- internals
     def _is_spike(self, loss: Tensor, nonfinite: Tensor) -> Tensor:
@@ -149,10 +144,6 @@ class Guard(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles, self._before, self._bad = [], [], None
-
-
-def _undoes(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _local(tensor: Tensor) -> Tensor:
