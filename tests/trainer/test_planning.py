@@ -270,17 +270,19 @@ def test_gpu_check_says_when_there_is_no_gpu() -> None:
     assert done.stderr.splitlines() == ["gpu-check: there is no CUDA GPU here (torch.cuda.is_available() is False)"]
 
 
-def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["fsdp, bf16-true", "fsdp, muon, bad steps undone, continued"])
+def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, case: str) -> None:
     script = BENCH.parent / "gpu_check.py"
     command = [
         sys.executable,
         str(script),
         "--tiny",
         "--only",
-        "fsdp, bf16-true",
+        case,
         "--markdown",
         str(tmp_path / "gpu.md"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| fsdp, bf16-true | ok |" in (tmp_path / "gpu.md").read_text()
+    status = "ok, continued" if case.endswith("continued") else "ok"
+    assert f"| {case} | {status} |" in (tmp_path / "gpu.md").read_text()
