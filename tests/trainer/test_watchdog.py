@@ -140,8 +140,8 @@ def test_a_rank_that_holds_the_groups_store_and_stands_still_is_named(tmp_path, 
 
     def leave(code: int) -> None:
         codes.append(code)
+        dog._stop.set()
         ended.set()
-        raise SystemExit  # of the thread
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     dog = Ends(Store(str(tmp_path)), 1, init_seconds=0.3, step_seconds=0.3, tell=lines.append)
@@ -238,6 +238,12 @@ def test_the_fingerprint_sees_order_and_place() -> None:
     swapped = a.clone()
     swapped[0], swapped[1] = a[1], a[0]
     assert base != parity.fingerprint([swapped, b]) and base != parity.fingerprint([b, a])
+    long = torch.randn(parity._AT_ONCE[True] * 2 + 1)  # hashed in pieces: both ends of each count
+    base = parity.fingerprint([long])
+    for place in (0, parity._AT_ONCE[True] - 1, parity._AT_ONCE[True], len(long) - 1):
+        flipped = long.clone()
+        flipped.view(torch.int32)[place] ^= 1 << 31
+        assert parity.fingerprint([flipped]) != base
     assert parity.fingerprint([torch.zeros(3, dtype=torch.complex64)]) != parity.fingerprint(
         [torch.full((3,), -0.0, dtype=torch.complex64)]
     )

@@ -166,9 +166,19 @@ def _not_finite(optimizer: torch.optim.Optimizer, device: torch.device) -> Tenso
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    gradients = [gradient for gradient in gradients if gradient.numel()]  # a rank may hold none of a small one
-    if not gradients:
+    return not_finite(gradients, device)
+
+
+@torch.no_grad()
+def not_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Number of tensors that hold a value that is no number, float64 on `device`; reads each once and waits for nothing."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank may hold none of a small one
+    if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
-    # The largest magnitude, unlike the 2-norm, does not overflow where all values are finite.
-    norms = torch._foreach_norm(gradients, float("inf"))
-    return (~torch.stack([norm.to(device) for norm in norms]).isfinite()).sum().double()
+    if all(tensor.is_cpu for tensor in tensors):  # where the norm below takes ten times as long
+        real = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+        found = [low * 0 + high * 0 for low, high in (tensor.aminmax() for tensor in real)]
+    else:
+        # The largest magnitude, unlike the 2-norm, does not overflow where all values are finite.
+        found = list(torch._foreach_norm(tensors, float("inf")))
+    return (~torch.stack([value.to(device) for value in found]).isfinite()).sum().double()
