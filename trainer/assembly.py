@@ -7,7 +7,7 @@ A callback with a method `record()` adds the fields that it returns to the recor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from trainer.callbacks.guard import NONFINITE
 from trainer.callbacks.metrics import MetricsLog
 from trainer.callbacks.preemption import Preemption
 from trainer.callbacks.progress import Progress
+from trainer.callbacks.pruning import Pruning, judge
 from trainer.callbacks.recovery import Recovery, Rollback
 from trainer.callbacks.selfcheck import SelfCheck
 from trainer.callbacks.stream import StreamPosition
@@ -36,12 +37,10 @@ from trainer.checkpoint import Checkpointer
 from trainer.config import to_dict
 from trainer.distributed import on_rank_zero
 from trainer.flops import peak_and_source
+from trainer.outcome import LOSS_WINDOW
 from trainer.records import MetricsWriter, TraceWriter, read_attempts
 from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
-
-# Steps over which the record's training loss is averaged.
-_LOSS_WINDOW = 20
 
 
 @dataclass
@@ -81,8 +80,9 @@ class Watch:
     recovery: Recovery
     preemption: Preemption
     throughput: Throughput
+    pruning: Pruning | None = None
     callbacks: list[pl.Callback] = field(default_factory=list)
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSS_WINDOW))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
     def record(self) -> dict[str, Any]:
         """What the callbacks add to the record."""
@@ -159,6 +159,10 @@ def assemble(parts: Parts) -> Watch:
     if config.recovery.parity_every:
         callbacks.append(parity.Parity(config.recovery.parity_every))
     callbacks += [metrics, recovery, preemption, *([check] if check else []), saver]
+    judged = judge()
+    if judged is not None:
+        watch.pruning = Pruning(judged, parts.store, metrics, lambda: mean(watch.losses))
+        callbacks.append(watch.pruning)
     if config.train.val_every:
         callbacks.append(MissedValidation(parts.store, config.train.val_every))
     if config.log.progress and rank == 0:
@@ -177,6 +181,11 @@ def assemble(parts: Parts) -> Watch:
         callbacks.append(loggers.Loggers(metrics, parts.store, kinds))
     callbacks.append(throughput)  # last
     return watch
+
+
+def mean(losses: Collection[float]) -> float | None:
+    """Of the last training losses; None where there is none."""
+    return sum(losses) / len(losses) if losses else None
 
 
 def before_save(metrics: MetricsLog, check: SelfCheck | None) -> None:

@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 
 from datamodules.store import Store, join_url
-from modules.tasks.base import Task
 from trainer import config as configs
-from trainer import parametrization, restarts, strategies
-from trainer.assembly import Parts, assemble
-from trainer.build import accelerator_name, build, optimizer_and_scheduler
+from trainer import restarts, signals, strategies
+from trainer.assembly import Parts, assemble, mean
+from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
 from trainer.config import ConfigError
@@ -32,15 +31,14 @@ from trainer.distributed import (
     posted_error,
 )
 from trainer.environment import environment
-from trainer.errors import is_user_error
-from trainer.flops import count_flops
+from trainer.errors import exit_code, is_user_error
+from trainer.outcome import FLOPS_CONVENTION, ended, faults, flops_of
 from trainer.quiet import quiet
 from trainer.records import (
     MetricsWriter,
     TraceWriter,
     next_attempt,
     read_attempts,
-    read_record,
     rewrite_attempt,
     start_attempt,
     write_record,
@@ -90,8 +88,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         checkpointer = _checkpointer(config, store.sub("checkpoints"))
         resume_step = checkpointer.latest() if resume else None
         if resume_step is not None and resume_step >= config.train.max_steps:
-            log.warning("the run has done its %d steps; raise train.max_steps to go on", resume_step)
-            return on_rank_zero(lambda: read_record(store))
+            return on_rank_zero(functools.partial(ended, config, store, resume_step, record))
         rollback: Rollback | None = None
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
@@ -105,12 +102,15 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         # When one rank fails the others see a broken connection: the cause is what the first one left.
         line = " ".join(str(error).split())
         if is_user_error(error):
-            post_error(line)
-        record["error"] = posted_error() or f"{type(error).__name__}: {line}"
+            post_error(exit_code(error), line)
+        told = posted_error()
+        record["error"] = told[1] if told else f"{type(error).__name__}: {line}"
         if dist.get_rank() == 0:
             with contextlib.suppress(Exception):
                 write_record(store, record)
         raise
+    finally:
+        signals.release()
 
 
 def _fit(
@@ -128,16 +128,16 @@ def _fit(
     task, data = build(config, deferred=True)
     record["run_id"] = configs.config_hash(config, data.spec()["fingerprint"])
     parameters = sum(p.numel() for p in task.network.parameters())
-    flops = _flops(task)
+    flops = flops_of(task)
     strategy = strategies.build(config, checkpointer)
     layout = strategy.layout
     data.configure(
         layout.data_parallel, layout.data_rank(rank)
     )  # ranks that compute a sample together read it together
-    rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
+    by_name = rules(config, task)
     fresh = config.weights.url and resume_step is None
     task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
-    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
+    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
     torch.manual_seed(
         config.seed + layout.data_rank(rank)
     )  # the same parameters everywhere, but each rank's own dropout
@@ -149,6 +149,7 @@ def _fit(
         info |= {"restart": restarts.count(), "cause": restarts.cause()}
     attempt = on_rank_zero(lambda: start_attempt(store, info))
     checkpointer.fence = lambda: _refuse_if_replaced(store, attempt)
+    checkpointer.writer = attempt
     if rank == 0:
         # A checkpoint found corrupt while it is read is fallen back from; readers of the metrics must know.
         strategy.on_loaded = lambda step: rewrite_attempt(store, attempt, {**info, "resumed_from": step})
@@ -191,21 +192,24 @@ def _fit(
         status = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
         status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+    elif watch.pruning is not None and watch.pruning.why:
+        status = "pruned"
     record |= {
         "status": status,
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
         "diverged_step": recovery.step,
+        **({"pruned": watch.pruning.why} if watch.pruning is not None and watch.pruning.why else {}),
         "parameters": parameters,
         "flops": None if flops is None else flops * samples,
-        "flops_convention": "counted forward+backward: matmul, conv, dense attention, FFT 5 n log2 n",
+        "flops_convention": FLOPS_CONVENTION,
         "attempts": attempt,
         "retries": attempt - 1,
-        "faults": on_rank_zero(lambda: _faults(store)),
+        "faults": on_rank_zero(lambda: faults(read_attempts(store))),
         "attempt_seconds": time.time() - started,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "loss": sum(losses) / len(losses) if losses else None,
+        "loss": mean(losses),
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
@@ -272,24 +276,6 @@ def _refuse_if_replaced(store: Store, attempt: int) -> None:
             f"attempt {newest} of the run at {store.url} has started; this one, attempt {attempt}, stops: "
             "only one may write"
         )
-
-
-def _faults(store: Store) -> list[dict[str, Any]]:
-    """What made attempts necessary, so far as the run or its launcher know."""
-    names = ("attempt", "resumed_from", "cause", "rollback")
-    return [
-        {name: row[name] for name in names if name in row}
-        for row in read_attempts(store)
-        if "rollback" in row or "restart" in row
-    ]
-
-
-def _flops(task: Task) -> int | None:
-    try:
-        return count_flops(task, 1)
-    except RuntimeError as error:
-        log.warning("%s; the run goes on without FLOP figures", error)
-        return None
 
 
 def _newest(checkpoints: Store) -> str | None:

@@ -22,7 +22,8 @@ def register(commands: Any) -> None:
             "Starts the run that CONFIG describes, at the config's `url`, on resources.processes_per_node workers.\n"
             "Refused when that URL already holds a run, unless that one failed before its first checkpoint. Inside torchrun (WORLD_SIZE is\n"
             "set) this process is the worker itself.\n"
-            "exit code: 0 done (also when the run diverged: see its record), 2 your error, 75 preempted after a save."
+            "exit code: 0 done (also when the run diverged: see its record), 2 your error, 69 the store is away,\n"
+            "75 preempted after a save."
         ),
         example="keel train configs/runs/demo_fno.yaml url=runs/demo_fno train.max_steps=200",
     )
@@ -56,14 +57,21 @@ def register(commands: Any) -> None:
         "evaluate",
         evaluate,
         help="evaluate a run's last checkpoint on held-out data",
-        description="Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json.",
-        example="keel evaluate runs/demo_fno --split test",
+        description=(
+            "Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json. With changes to\n"
+            "data.* or task.*, such as another data set or a finer grid, the result is a file of its own beside it."
+        ),
+        example=(
+            "keel evaluate runs/demo_fno --split test\n"
+            "keel evaluate runs/demo_fno data.url=runs/data/ns_128 task.space=[128,128]"
+        ),
     )
     add_url(parser)
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples at once (default: 8)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the last whole one)")
+    add_overrides(parser, "the data and the task")
 
     parser = add_command(
         commands,
@@ -84,6 +92,7 @@ def train(args: argparse.Namespace) -> int:
     from trainer.config import load
     from trainer.lifecycle import prepare_new
 
+    _heed_signals()
     config = load(args.config, args.overrides)
     refuse_many_machines(config)
     if not _is_worker():
@@ -110,6 +119,7 @@ def resume(args: argparse.Namespace) -> int:
         return resume_on(args)
     if args.dry_run or args.detach:
         raise ValueError("--dry-run and --detach need --on, which says where the job would run")
+    _heed_signals()
     config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
     return start(config, resume=True)
@@ -121,7 +131,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     store = open_run(args.url)
 
-    result = run_evaluation(store.url, split=args.split, limit=args.limit, batch=args.batch, step=args.step)
+    result = run_evaluation(
+        store.url, args.overrides, split=args.split, limit=args.limit, batch=args.batch, step=args.step
+    )
     scalars = {key: value for key, value in flatten(result["metrics"]).items() if "@" not in key}
     print(f"step {result['step']}, {result['samples']} samples of split {args.split}")
     print_table(["metric", args.split], list(scalars.items()))
@@ -157,7 +169,8 @@ def start(config: RunConfig, *, resume: bool) -> int:
         from trainer.run import fit
 
         return exit_code(fit(config, resume=resume))
-    from cluster.launch import Job, launch
+    from cluster.launch import EXIT_OK, EXIT_REQUEUE, Job, launch
+    from cluster.launch.budget import newest_commit
 
     resources = config.resources
     arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
@@ -166,19 +179,25 @@ def start(config: RunConfig, *, resume: bool) -> int:
         processes=resources.processes_per_node,
         threads=resources.threads,
         max_restarts=config.recovery.max_restarts,
+        progress=lambda: newest_commit(config.url),
     )
     code = launch(job)
-    if code in (0, 75, 130):
+    if code in (EXIT_OK, EXIT_REQUEUE, 130):
         print(outcome(config.url), flush=True)
     return code
 
 
 def outcome(url: str) -> str:
     """The end of a run in one line, from its record."""
-    from datamodules.store import Store
+    from datamodules.store import NotFound, Store
     from trainer.records import read_record
 
-    record = read_record(Store(url))
+    try:
+        record = read_record(Store(url))
+    except NotFound:
+        record = {}
+    if "steps" not in record:
+        return f"{url}: ended before its first step, continue with: keel resume {url}"
     parts = [f"{record['status']} after {record['steps']} steps"]
     if record["loss"] is not None:
         parts.append(f"loss {record['loss']:.4g}")
@@ -192,6 +211,18 @@ def outcome(url: str) -> str:
     if record["status"] in ("preempted", "interrupted"):
         parts.append(f"continue with: keel resume {url}")
     return f"{url}: {', '.join(parts)}"
+
+
+def _heed_signals() -> None:
+    """Signals that come before there is anything to be saved."""
+    if _is_worker():
+        from trainer import signals
+
+        signals.leave_at_once()
+    else:
+        from cluster.launch import requeue_on_signal
+
+        requeue_on_signal()
 
 
 def _is_worker() -> bool:

@@ -5,20 +5,24 @@
 
 Every backend starts `python -m cluster.launch.node` once per node; that calls `launch`, which starts `job.processes`
 workers `python -m <args>`, forwards SIGTERM and SIGINT to them, and returns one exit code for the job (`EXIT_*`).
-Workers that were killed, hung or crashed are started again, `job.max_restarts` times; they find the number and the cause
-in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds `PARENT_PID` in its environment ties its life to
-that process.
+Workers that were killed, hung, crashed or lost their store are started again, `job.max_restarts` times without progress in
+between; they find the number and the cause in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds
+`PARENT_PID` in its environment ties its life to that process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+EXIT_UNAVAILABLE = 69  # the store did not answer in time: a later start may succeed
 EXIT_HANG = 76  # the watchdog ended the process
 EXIT_LOST = 74  # the nodes did not meet, or lost each other
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
@@ -30,6 +34,7 @@ RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 # Name -> "module:Class" (see `cluster.launch.base.Backend`).
 BACKENDS = {
     "local": "cluster.launch.local_backend:Local",
+    "kubernetes": "cluster.launch.kubernetes:Kubernetes",
     "slurm": "cluster.launch.slurm:Slurm",
 }
 
@@ -96,9 +101,11 @@ class Job:
         env: added to the workers' environment.
         timeout_s: after this long the workers get SIGTERM, and `grace_s` later SIGKILL; None = no limit.
         grace_s: how long workers may take to save after a signal.
-        max_restarts: how often workers are started again after one of them failed. Bad input, a requeue and an interrupt
-            are no failures of that kind, and after a signal to the job nothing is started again.
-        restart_wait_s: pause before the first restart; it doubles with each, up to a minute.
+        max_restarts: how often workers are started again after one of them failed, without progress in between. Bad input,
+            a requeue and an interrupt are no failures of that kind, and after a signal to the job nothing is started again.
+        progress: a number that grows with the progress of the job, such as the step of its newest commit; asked after a
+            failure. An OSError tells nothing.
+        restart_wait_s: pause before the first restart; it doubles with each without progress, up to a minute.
         group: the other nodes of the job; None when there is only this one.
         observer: learns of each start; with one, all workers write to files instead of this terminal.
     """
@@ -110,6 +117,7 @@ class Job:
     timeout_s: float | None = None
     grace_s: float = 300.0
     max_restarts: int = 0
+    progress: Callable[[], int] = lambda: 0
     restart_wait_s: float = 0.5
     group: Group | None = None
     observer: Observer | None = None
@@ -138,6 +146,14 @@ class Job:
 def available_cores() -> int:
     """The cores that this process may use (an affinity mask counts, unlike in `os.cpu_count`)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def requeue_on_signal() -> None:
+    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda number, frame: sys.exit(EXIT_REQUEUE))
 
 
 def launch(job: Job) -> int:

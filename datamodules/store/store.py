@@ -16,13 +16,16 @@ from typing import Any, TypeVar
 from . import local, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
-from .direct import Sink
-from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .direct import Sink, Tags
+from .errors import AccessDenied, Changed, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
 from .retry import Retry, chain, is_connect_fault, is_transient, response_of
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
 RETRY_OPTIONS = ("deadline", "connect_deadline")
+# A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
+_FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
+_FULL_CODES = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 
 
 def join_url(base: str, *parts: str) -> str:
@@ -115,11 +118,16 @@ class Store:
         """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
         return self.read_ranges([(path, start, end)])[0]
 
-    def read_ranges(self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None) -> list[bytes]:
+    def read_ranges(
+        self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None, tags: Tags | None = None
+    ) -> list[bytes]:
         """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request.
 
         With ``sinks``, one for each range, the bytes go to these instead, piece by piece as they come, in order within a
         range, from several threads: ``sink(offset, piece)``. A range that is tried again begins at offset 0 again.
+
+        With ``tags``, a dictionary that the caller keeps, bytes of different calls are of the same objects: `Changed` if one
+        was replaced meanwhile, as its ETag tells, where the store gives one.
         """
         for path, start, end in requests:
             if not 0 <= start <= end:
@@ -144,7 +152,7 @@ class Store:
             fault: tuple[int, BaseException] | None = None
             parts = [(self._key(requests[i][0]), *requests[i][1:]) for i in todo]
             theirs = None if sinks is None else [sinks[i] for i in todo]
-            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs)
+            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs, tags)
             missing = []
             for i, result in zip(todo, results, strict=True):
                 path, start, end = requests[i]
@@ -161,6 +169,9 @@ class Store:
             if fault is not None:
                 path, start, end = requests[fault[0]]
                 blamed[0] = path
+                if isinstance(fault[1], Changed):
+                    told = "was replaced by another object while it was read; put the old one back"
+                    raise Changed(f"{self.join(path)}: {told}", path, self._key(path)) from None
                 self._check_length(held.filesystem, path, start, end, fault[1])
                 raise fault[1]
 
@@ -222,7 +233,8 @@ class Store:
         if self.is_local:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
         else:
-            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, bytes(data)))
+            body = _body(data)
+            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, body))
 
     def write_pieces(self, path: str, pieces: Iterable[Any], size: int) -> None:
         """As `write`, of `size` bytes that come in pieces (anything with the buffer protocol). Files and S3 objects are
@@ -248,7 +260,7 @@ class Store:
         """
         if self.is_local:
             return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
-        body = bytes(data)
+        body = _body(data)
         return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
 
     def write_json(self, path: str, value: Any) -> None:
@@ -366,6 +378,9 @@ class Store:
             return AccessDenied(
                 f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
+        if status == 507 or code in _FULL_CODES or (isinstance(error, OSError) and error.errno in _FULL_ERRNO):
+            reason = code or getattr(error, "strerror", None) or text
+            return OutOfSpace(f"{url}: no space left for it ({reason}); free space and start again")
         if isinstance(error, NotADirectoryError):
             return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
         if isinstance(error, FileNotFoundError):
@@ -377,12 +392,18 @@ class Store:
                 else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
             )
             return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutOfSpace(f"{url}: no space left for it ({error.strerror}); free space and start again")
         if is_transient(error):
             endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
             return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")
         return StoreError(f"{url}: {type(error).__name__}: {text}")
+
+
+def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:
+    """What filesystems write, botocore among them, which takes no memoryview: copied only if it is a part of something."""
+    if not isinstance(data, memoryview):
+        return data
+    whole = data.obj
+    return whole if isinstance(whole, (bytes, bytearray)) and len(whole) == data.nbytes else bytes(data)
 
 
 def canonical_json(value: Any) -> bytes:

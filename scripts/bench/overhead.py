@@ -24,8 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from datamodules.format import ArraySpec, write_dataset
 from datamodules.store import Store
 from trainer import config as configs
-from trainer import parametrization
-from trainer.build import build, optimizer_and_scheduler
+from trainer.build import build, optimizer_and_scheduler, rules
 from trainer.distributed import init_process_group
 from trainer.lifecycle import prepare_new
 from trainer.quiet import quiet
@@ -93,11 +92,11 @@ def bare(raw: dict[str, Any], url: str) -> list[float]:
     """The same of the plainest loop over the same network and optimiser."""
     run = configs.load({**raw, "url": url})
     task, data = build(run)
-    rules = parametrization.lookup("standard")[1](parametrization.lookup("standard")[0]()).rules(task.network)
+    by_name = rules(run, task)
     if run.strategy.name == "fsdp":
         init_process_group("cpu", 60)
         shard(task.network, init_device_mesh("cpu", (1,)))
-    optimizer, scheduler = optimizer_and_scheduler(run, task.network, rules)
+    optimizer, scheduler = optimizer_and_scheduler(run, task.network, by_name)
     parameters = list(task.network.parameters())
     key = "fields" if "fields" in task.example_batch(1) else "tokens"
     held = torch.cat([batch[key] for batch in data.evaluation_loader("train", batch=64)])

@@ -18,7 +18,8 @@ from tests.helpers.slurm import SlurmCluster, wait_until
 from trainer.checkpoint import committed_steps
 from trainer.records import read_attempts, read_metrics, read_record, read_trace
 
-CLUSTER = Path(__file__).resolve().parents[2] / "configs/clusters/slurm.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "configs/clusters/slurm.yaml"
 
 
 @pytest.fixture
@@ -139,6 +140,19 @@ def test_an_array_of_runs_and_one_that_is_cancelled(place: Path, slurm: SlurmClu
     assert slurm.wait(cancelled, "cancelled") == "cancelled"
     record = read_record(store)
     assert record["status"] == "preempted" and committed_steps(store.sub("checkpoints"))[-1] == record["steps"]
+
+
+def test_a_store_that_the_nodes_cannot_write_to_is_one_line_and_no_second_start(
+    place: Path, slurm: SlurmCluster
+) -> None:
+    reachable = "AWS_ENDPOINT_URL,AWS_REGION,AWS_DEFAULT_REGION,AWS_EC2_METADATA_DISABLED"
+    store, job = submit(place, f"pass_env=[{reachable}]", "code.how=path", f"code.where={ROOT}")
+    assert slurm.wait(job, "failed") == "failed"
+    assert "ExitCode=2:0" in slurm.call("scontrol", "show", "job", "-o", job)
+    (line,) = read_job(store).open().logs(job, 0)
+    assert line.startswith(
+        f"keel: error: {store.url}/status/node-0.json: no credentials (Unable to locate credentials)"
+    )
 
 
 def test_nothing_is_left_behind_by_a_job_that_is_refused(

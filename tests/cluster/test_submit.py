@@ -182,6 +182,11 @@ def test_a_snapshot_holds_what_git_does_not_ignore_and_is_named_after_it(tmp_pat
     assert pack(tmp_path) == first
     (tmp_path / "kept.py").write_text("a = 3\n")
     assert pack(tmp_path) != first
+    (tmp_path / "link.py").symlink_to("kept.py")
+    pack(tmp_path)
+    (tmp_path / "data").symlink_to("/nfs/data")
+    with pytest.raises(ValueError, match=r"data is a link to /nfs/data, which no node has: add it to \.gitignore"):
+        pack(tmp_path)
     with pytest.raises(ValueError, match="how=snapshot packs a git checkout"):
         pack(Path("/"))
 
@@ -192,6 +197,15 @@ def test_the_bootstrap_refuses_a_damaged_archive(tmp_path: Path) -> None:
     done = subprocess.run([*words, "0" * 64], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "the code cannot be fetched (OSError: its checksum is wrong)" in done.stderr
+
+
+def test_a_node_that_is_told_to_end_while_it_fetches_the_code_is_started_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "code.tar.gz")
+    words = [sys.executable, "-P", "-c", BOOTSTRAP, str(tmp_path / "code.tar.gz"), "0" * 64]
+    node = subprocess.Popen(words)
+    with open(tmp_path / "code.tar.gz", "wb"):  # waits for it to read
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(60) == 75
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -249,6 +263,12 @@ def test_the_laptop_config_trains_in_the_foreground_on_two_nodes(place: Path, ca
     assert job.open().state(job.job_id) == "done" and job.spec.nodes == 2 and task_spec(job) == job.spec
     assert keel("submit", place / "run.yaml", "--on", laptop) == 2
     assert "a run exists at" in capfd.readouterr().err
+    # Neither looking nor a mistake changes the run.
+    before = store.read("config.yaml")
+    assert keel("resume", store.url, "--on", laptop, "train.max_steps=50", "nodes=1", "--dry-run") == 0
+    assert "-m cluster.launch.node" in capfd.readouterr().out and store.read("config.yaml") == before
+    assert keel("resume", store.url, "--on", laptop, "train.max_steps=50", "after=local-nobody") == 2
+    assert "there is no such job" in capfd.readouterr().err and store.read("config.yaml") == before
 
 
 def test_a_detached_job_is_cancelled_and_resumed_from_its_shipped_code(place: Path, capsys) -> None:

@@ -19,6 +19,7 @@ from trainer.callbacks import selfcheck
 from trainer.callbacks.checkpoint import Checkpoint
 from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import CheckpointError, checkpointer, committed_steps, loading, read_manifest, state, verify
+from trainer.checkpoint.manifest import writer_name
 from trainer.checkpoint.storage import read_full
 from trainer.config import ConfigError
 from trainer.lifecycle import prepare_new, prepare_resume
@@ -59,9 +60,11 @@ def noisy(self: FieldRollout, batch: Any, plain: Any = FieldRollout.loss_terms) 
 
 def end(url: str) -> dict[str, Any]:
     """What a run ends with: the losses of steps 5 to 8, and the states that lie in its last checkpoint."""
-    folder = Store(url).sub("checkpoints").sub("step-00000008")
-    extra = loading.unpack(folder.read("state.pt"))
-    table = read_manifest(Store(url).sub("checkpoints"), 8)["tensors"]
+    folder, manifest = (
+        Store(url).sub("checkpoints").sub("step-00000008"),
+        read_manifest(Store(url).sub("checkpoints"), 8),
+    )
+    extra, table = loading.unpack(loading.read_state(folder, manifest)), manifest["tensors"]
     averages = read_full(folder, table, [name for name in table if name.startswith("ema.")])
     return {
         "losses": [row["loss"] for row in read_metrics(Store(url)) if "loss" in row and row["step"] > 4],
@@ -103,7 +106,7 @@ def resumed(url: str, lose: str, patch: pytest.MonkeyPatch) -> dict[str, Any] | 
     elif lose in ("state.pt", "manifest"):
         folder = Path(url) / "checkpoints" / "step-00000004"
         name = "state.pt" if lose == "state.pt" else "manifest.json"
-        (folder / name).unlink()
+        (folder / f"{writer_name(1)}{name}").unlink()
     patch.setattr(selfcheck, "_TOLERANCE_OF_HALF", 1e-6)  # nothing else has changed
     try:
         fit(prepare_resume(url, []), resume=True)

@@ -183,8 +183,8 @@ def test_damaged_checkpoints_are_fallen_back_from_and_written_again(tmp_path, da
     assert run_distributed(train, 2, config, False, 14) == ["crash", "crash"]
     checkpoints = Store(broken).sub("checkpoints")
     assert committed_steps(checkpoints) == [4, 8, 12]
-    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "rank-00000-000.bin", 100)
-    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "rank-00001-000.bin"
+    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "writer-0001-rank-00000-000.bin", 100)
+    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "writer-0001-rank-00001-000.bin"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1  # found only when it is read
     path.write_bytes(raw)
@@ -296,6 +296,22 @@ def test_a_run_leaves_a_record_a_manifest_and_an_evaluation(tmp_path, data):
     with np.load(tmp_path / "run" / "evaluation.npz") as arrays:
         assert arrays["prediction"].shape == arrays["truth"].shape == (4, 1, 16, 16)
         np.testing.assert_allclose(arrays["error"], arrays["prediction"] - arrays["truth"], atol=1e-6)
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    finer = tiny_fields(str(tmp_path / "finer"), size=32, frames=11)
+    changes = [
+        f"data.url={finer}",
+        "task.space=[32,32]",
+        "data.dt_stride=2",
+        "data.stride=2",
+    ]  # they drift a point per frame
+    zero_shot = evaluate(url, changes)
+    assert zero_shot["overrides"] == changes and zero_shot["samples"] == 4
+    # The waves hold three wave numbers: an operator sees the same fields on both grids.
+    assert math.isclose(zero_shot["metrics"]["relative_l2"], result["metrics"]["relative_l2"], rel_tol=0.02)
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+    assert len(list((tmp_path / "run").glob("evaluation-*.json"))) == 1
+    with pytest.raises(configs.ConfigError, match=r"model\.width=8: an evaluation may change data\.\* and task\.\*"):
+        evaluate(url, ["model.width=8"])
 
 
 def test_a_killed_process_resumes_bitwise(tmp_path, data):

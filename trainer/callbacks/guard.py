@@ -74,6 +74,7 @@ class Guard(pl.Callback):
             for group in optimizer.param_groups:
                 if group.get("capturable") is False and any(p.is_cuda for p in group["params"]):
                     group["capturable"] = True  # step counts on the device, where they can be undone
+            _bring_counts(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._restore))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,7 +137,7 @@ class Guard(pl.Callback):
             # What was made in this step, such as momentum in the first, was zero before.
             copy = before.get(id(part))
             if part.device != self._bad.device:
-                continue  # a count on the host, which could be undone only by waiting for the device
+                continue  # of an optimiser that cannot be capturable: undone only by waiting for the device
             part.copy_(torch.where(self._bad, torch.zeros_like(part) if copy is None else copy, part))
         self._before, self._bad = [], None
 
@@ -144,6 +145,15 @@ class Guard(pl.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles, self._before, self._bad = [], [], None
+
+
+def _bring_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Step counts of capturable groups to the device of their parameters: a loaded state has them on the host."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("capturable") else ():
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device)
 
 
 def _local(tensor: Tensor) -> Tensor:

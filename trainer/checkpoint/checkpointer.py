@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from datamodules.store import Store, StoreError
+from datamodules.store import Store, StoreError, Unreachable
 from trainer.checkpoint import loading
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
@@ -61,6 +61,8 @@ class Checkpointer:
         self.retention = retention or Retention()
         # Raises CheckpointError when this writer has been replaced; asked on rank 0 around every commit.
         self.fence: Callable[[], None] = lambda: None
+        # Which of the writers that there may be of these steps this one is; the newest has the highest number. 0: the only one.
+        self.writer = 0
         # Called on all ranks before a commit, in the thread that uploads: what must be in the store by then.
         self.before_commit: Callable[[], None] = lambda: None
         self._registered: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
@@ -119,8 +121,8 @@ class Checkpointer:
             self._buffers.prepare(plan, tensors)
             source = self._buffers
         folder = self.store.sub(manifests.step_name(step))
-        noted = self._ledger.noted(step)
-        work = partial(self._write, step, lambda: upload(folder, plan, source), state, document, plan, noted)
+        prefix, noted = manifests.writer_name(self.writer), self._ledger.noted(step)
+        work = partial(self._write, step, lambda: upload(folder, plan, source, prefix), state, document, plan, noted)
         if self.background:
             self._flight.start(work, f"keel-save-{step}")
             return True
@@ -140,7 +142,8 @@ class Checkpointer:
         self.wait()
         folder = self.store.sub(manifests.step_name(step))
         manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
-        tensors, scalars = self._collect(module, optimizers)
+        tensors, running = self._collect(module, optimizers)
+        scalars = {name: value for name, value in running.items() if states.is_state(name)}
         mine = f"{states.RNG}{rank():05d}"
         loading.check_compatible(manifest, tensors, scalars, folder.url)
         same_world = manifest["world_size"] == world_size()
@@ -149,7 +152,7 @@ class Checkpointer:
         loading.load_tensors(folder, manifest["tensors"], tensors)
         packed = tensors.pop(mine, None)
         own = {name: value for name, value in tensors.items() if name.startswith((states.MODEL, states.OPTIMIZER))}
-        states.restore(module, optimizers, own, {name: manifest["scalars"][name] for name in scalars})
+        states.restore(module, optimizers, own, running | {name: manifest["scalars"][name] for name in scalars})
         if packed is not None:
             states.set_rng_state(packed, device)
         return loading.unpack(on_rank_zero(lambda: loading.read_state(folder, manifest)))
@@ -244,19 +247,22 @@ class Checkpointer:
             problems = manifests.verify(self.store, step)
             if not problems:
                 return True
+            self.fence()  # to read all of it took a while
             log.warning("%s was damaged and is written again: %s", folder.url, problems[0])
             folder.delete(manifests.MARKER)
         for path in left:
-            folder.delete(path)
+            if manifests.writer_of(path) <= self.writer:  # one that has replaced this one may be at it already
+                folder.delete(path)
         self._ledger.forget(step, noted)
         return False
 
     def _commit(self, folder: Store, step: int, written: list[Written], state: bytes, document: dict[str, Any]) -> None:
         """Rank 0: small state, then the manifest, then the marker."""
-        self.fence()  # before anything that another writer may have committed meanwhile is overwritten, too
-        folder.write(manifests.STATE, state)
+        prefix = manifests.writer_name(self.writer)
+        self.fence()
+        folder.write(prefix + manifests.STATE, state)
         files = sorted((file for part in written for file in part.files), key=lambda file: file["path"])
-        files.append({"path": manifests.STATE, "size": len(state), "crc32c": crc32c(state)})
+        files.append({"path": prefix + manifests.STATE, "size": len(state), "crc32c": crc32c(state)})
         created = time.time()
         document = {
             "format": manifests.FORMAT_VERSION,
@@ -268,9 +274,10 @@ class Checkpointer:
             "files": files,
         }
         raw = json.dumps(document, sort_keys=True).encode()
-        folder.write(manifests.MANIFEST, raw)
+        name = prefix + manifests.MANIFEST
+        folder.write(name, raw)
         digest = hashlib.sha256(raw).hexdigest()
-        marker = json.dumps({"step": step, "manifest_sha256": digest, "created": created}).encode()
+        marker = json.dumps({"step": step, "manifest": name, "manifest_sha256": digest, "created": created}).encode()
         self.fence()
         if not folder.create(manifests.MARKER, marker):
             raise CheckpointError(
@@ -310,4 +317,7 @@ def _raise_first(results: Sequence[Any], url: str) -> None:
     lines = dict.fromkeys(" ".join(str(error).split()) for error in errors)
     defect = next((error for error in errors if not isinstance(error, CheckpointError | StoreError)), None)
     message = f"saving {url} failed: {'; '.join(lines)}"
-    raise RuntimeError(message) if defect is not None else CheckpointError(message)
+    if defect is not None:
+        raise RuntimeError(message)
+    passing = all(isinstance(error, Unreachable) for error in errors)
+    raise Unreachable(message) if passing else CheckpointError(message)

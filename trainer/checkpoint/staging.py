@@ -157,8 +157,8 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def upload(folder: Store, plan: Plan, source: Image | Buffers) -> Written:
-    """Hashes and writes all files of a rank.
+def upload(folder: Store, plan: Plan, source: Image | Buffers, prefix: str = "") -> Written:
+    """Hashes and writes all files of a rank, under names that begin with `prefix`.
 
     Raises:
         StoreError: the store refused; uploads that had begun are over by then, the others are not begun.
@@ -166,13 +166,11 @@ def upload(folder: Store, plan: Plan, source: Image | Buffers) -> Written:
 
     def one(file: FilePlan) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
         with source.content(file) as data:
-            chunks = [(placed.piece.name, _entry(file, placed, data)) for placed in file.chunks]
-            folder.write(file.path, data.data)
-            return {
-                "path": file.path,
-                "size": file.size,
-                "crc32c": _of_file(file, [c for _, c in chunks], data),
-            }, chunks
+            path = prefix + file.path
+            chunks = [(placed.piece.name, _entry(path, placed, data)) for placed in file.chunks]
+            folder.write(path, data.data)
+            value = _of_file([chunk for _, chunk in chunks], data)
+            return {"path": path, "size": file.size, "crc32c": value}, chunks
 
     done = in_parallel(one, plan.files, _THREADS)
     return Written([file for file, _ in done], [chunk for _, chunks in done for chunk in chunks])
@@ -190,19 +188,19 @@ def in_parallel(call: Callable[[T], R], items: Sequence[T], threads: int) -> lis
             raise
 
 
-def _entry(file: FilePlan, placed: Placed, data: np.ndarray) -> dict[str, Any]:
+def _entry(path: str, placed: Placed, data: np.ndarray) -> dict[str, Any]:
     piece = placed.piece
     return {
         "offsets": list(piece.offsets),
         "shape": list(piece.sizes),
-        "file": file.path,
+        "file": path,
         "start": placed.start,
         "bytes": piece.bytes,
         "crc32c": crc32c(data[placed.start : placed.start + piece.bytes]),
     }
 
 
-def _of_file(file: FilePlan, chunks: Sequence[Mapping[str, Any]], data: np.ndarray) -> int:
+def _of_file(chunks: Sequence[Mapping[str, Any]], data: np.ndarray) -> int:
     """The CRC-32C of a file, from those of its chunks: large ones are not read again."""
     value = end = 0
     for chunk in chunks:

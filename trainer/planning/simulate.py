@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from modules.tasks.base import Task
 from trainer import config as configs
-from trainer import parametrization, strategies
-from trainer.build import _task, optimizer_and_scheduler
+from trainer import strategies
+from trainer.build import _task, optimizer_and_scheduler, rules
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.guard import Guard
 from trainer.callbacks.recovery import Recovery
@@ -107,6 +107,7 @@ def trace(config: RunConfig, *, accelerator: bool = False) -> Trace:
     with fake_world(resources.world_size, resources.processes_per_node):
         with torch.device("meta"):
             bare = _task(config)
+        by_name = rules(config, bare)
         found = Trace(
             parameters=sum(p.numel() for p in bare.network.parameters()),
             tokens_per_sample=bare.tokens_per_sample(),
@@ -124,12 +125,11 @@ def trace(config: RunConfig, *, accelerator: bool = False) -> Trace:
             task = _task(config)
             zero = config.strategy if config.strategy.name == "deepspeed" else None
             strategy = strategies.build(config if zero is None else _replicated(config), None)  # nothing is saved
-            rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
             task.prepare = strategy.prepare
-            task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
+            task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
             guard, average = _extras(config)
             probe = Probe(tracker, found, guard, average)
-            callbacks = [callback for callback in (guard, average, probe) if callback is not None]
+            callbacks: list[pl.Callback] = [callback for callback in (guard, average, probe) if callback is not None]
             trainer = _trainer(config, "cpu", strategy, callbacks)
             if zero is not None:
                 strategy.configure_ddp = lambda: None
