@@ -18,6 +18,7 @@ from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
 from .direct import Sink, Tags
 from .errors import AccessDenied, Changed, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .names import canonical_json, checked, join_url
 from .retry import Retry, chain, is_connect_fault, is_transient, response_of
 
 T = TypeVar("T")
@@ -26,20 +27,6 @@ RETRY_OPTIONS = ("deadline", "connect_deadline")
 # A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
 _FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
 _FULL_CODES = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-
-
-def join_url(base: str, *parts: str) -> str:
-    """`base` and `parts` joined by single slashes; the scheme's `//` is left alone."""
-    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    if not tail:
-        return base
-    return base + tail if base.endswith("://") else f"{base.rstrip('/')}/{tail}"
-
-
-def _checked(path: str) -> str:
-    if path.startswith("/") or "://" in path or ".." in path.split("/"):
-        raise ValueError(f"path={path!r}: must be relative to the store, without '..'")
-    return path
 
 
 class Store:
@@ -87,7 +74,7 @@ class Store:
 
     def join(self, *parts: str) -> str:
         """The URL of an object of this store."""
-        return join_url(self.url, *(_checked(part) for part in parts))
+        return join_url(self.url, *(checked(part) for part in parts))
 
     def sub(self, prefix: str) -> Store:
         """The store below `prefix`, with the same options."""
@@ -97,7 +84,7 @@ class Store:
         """The file of an object; only for local stores."""
         if not self.is_local:
             raise ValueError(f"{self.url}: not a local store")
-        return os.path.join(self._root, *_checked(path).split("/")) if path else self._root
+        return os.path.join(self._root, *checked(path).split("/")) if path else self._root
 
     # Reading
 
@@ -205,7 +192,7 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
-        _checked(prefix)
+        checked(prefix)
         prefix = prefix.rstrip("/")
         lead = f"{prefix}/" if prefix else ""
         if self.is_local:
@@ -292,7 +279,7 @@ class Store:
     # Plumbing
 
     def _key(self, path: str) -> str:
-        _checked(path)
+        checked(path)
         return f"{self._root}/{path}" if path else self._root
 
     def _client(self) -> Client:
@@ -404,8 +391,3 @@ def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:
         return data
     whole = data.obj
     return whole if isinstance(whole, (bytes, bytearray)) and len(whole) == data.nbytes else bytes(data)
-
-
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; equal values give equal bytes. NaN is refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
