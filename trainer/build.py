@@ -69,6 +69,10 @@ def check(config: RunConfig) -> None:
         strategy.check_run(config)
         for diagnostic in diagnostics.build(config.diagnostics.names).values():
             diagnostic.check(task)
+        if config.checkpoint.best:
+            names = [f"val/{name}" for name in task.metric_names()]
+            if config.checkpoint.best not in names:
+                raise ValueError(f"checkpoint.best={config.checkpoint.best}: validation gives {', '.join(names)}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
