@@ -113,11 +113,15 @@ class Results:
 
 
 def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
-    """The result of a row from its run's record. A run that ended well but without a finite objective has diverged."""
+    """The result of a row from its run's record. A run that ended well with an objective that is no number has diverged; one
+    that has none (a metric that its validation does not give) has failed."""
     metrics = dict(record.get("metrics") or {})
     loss = record.get("loss") if objective == "loss" else metrics.get(objective)
-    status = str(record["status"])
-    if status == "ok" and (loss is None or not math.isfinite(loss)):
+    status, error = str(record["status"]), record.get("error")
+    if status == "ok" and loss is None:
+        known = ", ".join(metrics) or "none"
+        status, error = "failed", f"the run has no {objective}; its metrics are {known}"
+    elif status == "ok" and not math.isfinite(loss):
         status = "diverged"
     config = record.get("config") or {}
     speed = record.get("throughput") or {}
@@ -128,7 +132,7 @@ def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
         "run_id": record.get("run_id", row.id),
         "url": record.get("url"),
         "status": status,
-        "error": record.get("error"),
+        "error": error,
         "steps": record.get("steps"),
         "samples": record.get("samples"),
         "tokens": record.get("tokens"),
