@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.sweep.claims import touched
+from cluster.sweep.claims import running
 from cluster.sweep.table import Row, Table, read_table
 from datamodules.store import NotFound, Store
 from trainer.outcome import FLOPS_CONVENTION
@@ -86,10 +86,13 @@ class Results:
                 self.store.delete(name)
                 self._seen.discard(name)
 
-    def complete(self, table: Table, *, keep: bool = True) -> dict[str, Result]:
-        """As `refresh`, with the outcome of those rows whose run has ended though no driver has told; `keep`: told now."""
+    def complete(self, table: Table, begun: Collection[str], *, keep: bool = True) -> dict[str, Result]:
+        """As `refresh`, with the outcome of those rows whose run has ended though no driver has told; `keep`: told now.
+
+        Args:
+            begun: the rows that somebody has claimed; the others have no run.
+        """
         self.refresh()
-        begun = touched(self.store)  # what nobody claimed has no run
         silent = [row for row in table.rows if row.id in begun and row.id not in self.rows]
         with ThreadPoolExecutor(max_workers=16) as pool:
             found = [result for result in pool.map(lambda row: self._ended(table, row), silent) if result is not None]
@@ -121,7 +124,7 @@ def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
     if status == "ok" and loss is None:
         known = ", ".join(metrics) or "none"
         status, error = "failed", f"the run has no {objective}; its metrics are {known}"
-    elif status == "ok" and not math.isfinite(loss):
+    elif status == "ok" and not math.isfinite(float(loss or 0.0)):
         status = "diverged"
     config = record.get("config") or {}
     speed = record.get("throughput") or {}
@@ -204,5 +207,5 @@ def read_results(store: Store) -> list[Result]:
         ConfigError: there is no sweep.
     """
     table = read_table(store)
-    found = Results(store, table.sweep["objective"]).complete(table, keep=False)
+    found = Results(store, table.sweep["objective"]).complete(table, running(store), keep=False)
     return [found[row.id] for row in table.rows if row.id in found]
