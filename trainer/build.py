@@ -12,10 +12,11 @@ from datamodules import registry as data_registry
 from modules import registry as model_registry
 from modules.tasks.base import Task
 from trainer import diagnostics, optim, parametrization, strategies
-from trainer.config import ConfigError
+from trainer.config import ConfigError, structure
 from trainer.distributed import local_world_size
 from trainer.optim import schedule
-from trainer.parametrization.rule import Rule
+from trainer.parametrization.rule import Case, Rule
+from trainer.parametrization.scheme import Scheme
 from trainer.schema import RunConfig
 from trainer.strategies import deferred as initialisation
 
@@ -68,6 +69,10 @@ def check(config: RunConfig) -> None:
         strategy.check_run(config)
         for diagnostic in diagnostics.build(config.diagnostics.names).values():
             diagnostic.check(task)
+        if config.checkpoint.best:
+            names = [f"val/{name}" for name in task.metric_names()]
+            if config.checkpoint.best not in names:
+                raise ValueError(f"checkpoint.best={config.checkpoint.best}: validation gives {', '.join(names)}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -79,10 +84,70 @@ def measure(config: RunConfig) -> tuple[int, int]:
     return sum(p.numel() for p in task.network.parameters()), max(1, task.tokens_per_sample())
 
 
+def network_of(config: RunConfig) -> nn.Module:
+    """The network that `build` gives for a config, without a task or data: the same parameters bit for bit."""
+    torch.manual_seed(config.seed)
+    return _network(config)
+
+
+def flops_per_sample(config: RunConfig) -> int:
+    """Forward and backward FLOPs of one sample by the convention of `trainer.flops`, without data or memory.
+
+    Raises:
+        ConfigError: the network cannot run without values.
+    """
+    from trainer.flops import count_flops
+
+    with torch.device("meta"):
+        task = _task(config)
+    try:
+        return count_flops(task, 1)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
-    _, network_class = model_registry.lookup("model", config.model.name)
     _, task_class = model_registry.lookup("task", config.task.name)
-    return task_class(made(lambda: network_class(config.model)), config.task)
+    return task_class(made(lambda: _network(config)), config.task)
+
+
+def _network(config: RunConfig) -> nn.Module:
+    """The network with the initial values and the factors that its parametrisation gives it."""
+    network: nn.Module = model_registry.lookup("model", config.model.name)[1](config.model)
+    scheme, base = _scheme(config)
+    scheme.apply(network, base, _case(config))
+    return network
+
+
+def rules(config: RunConfig, task: Task) -> dict[str, Rule]:
+    """Parameter name -> rule of the config's parametrisation, for a task whose network is not sharded yet.
+
+    Raises:
+        ConfigError: an optimiser or a network that the parametrisation has no rules for.
+    """
+    scheme, base = _scheme(config)
+    batch = config.train.global_batch * max(1, task.tokens_per_sample())
+    case = dataclasses.replace(_case(config), data=float(config.train.max_steps * batch), batch=float(batch))
+    try:
+        return scheme.rules(task.network, base, case)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _scheme(config: RunConfig) -> tuple[Scheme, nn.Module | None]:
+    """The parametrisation, and its base model on the meta device if it needs one."""
+    scheme = parametrization.lookup(config.parametrization.name)[1](config.parametrization)
+    if not scheme.base:
+        return scheme, None
+    fields = {**dataclasses.asdict(config.model), **scheme.base}
+    sizes = structure(type(config.model), fields, "parametrization.base")
+    with torch.device("meta"):
+        return scheme, model_registry.lookup("model", config.model.name)[1](sizes)
+
+
+def _case(config: RunConfig) -> Case:
+    """What the parametrisation is told of a run, but for the data that it sees."""
+    return Case(family=optim.lookup(config.optim.name)[1].family, lr=config.optim.lr)
 
 
 def accelerator_name(name: str) -> str:
@@ -100,9 +165,15 @@ def accelerator_name(name: str) -> str:
     return ("cuda" if 0 < processes <= devices else "cpu") if name == "auto" else name
 
 
-def optimizer_and_scheduler(config: RunConfig, network: nn.Module, rules: dict[str, Rule]) -> tuple[Any, Any]:
+def optimizer_and_scheduler(config: RunConfig, network: nn.Module, by_name: dict[str, Rule]) -> tuple[Any, Any]:
     """The optimiser over a network, sharded or not, by rules made before sharding; and its schedule."""
     parameters = dict(network.named_parameters())
-    groups = parametrization.groups(parameters, rules, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    groups = parametrization.groups(
+        parameters,
+        by_name,
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        eps=getattr(config.optim, "eps", None),
+    )
     optimizer = optim.lookup(config.optim.name)[1](config.optim, groups)
     return optimizer, schedule.build(optimizer, max_steps=config.train.max_steps, **dataclasses.asdict(config.schedule))

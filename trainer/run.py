@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from datamodules.store import Store, join_url
 from trainer import config as configs
-from trainer import parametrization, restarts, signals, strategies
-from trainer.assembly import Parts, assemble
-from trainer.build import accelerator_name, build, optimizer_and_scheduler
+from trainer import restarts, signals, status, strategies
+from trainer.assembly import Parts, assemble, mean
+from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
 from trainer.config import ConfigError
@@ -93,6 +93,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
             if not isinstance(outcome, Rollback):
+                _say_how_it_ended(store, record)
                 return outcome
             rollback = outcome
             commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
@@ -108,6 +109,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         if dist.get_rank() == 0:
             with contextlib.suppress(Exception):
                 write_record(store, record)
+        _say_how_it_ended(store, record)
         raise
     finally:
         signals.release()
@@ -134,10 +136,10 @@ def _fit(
     data.configure(
         layout.data_parallel, layout.data_rank(rank)
     )  # ranks that compute a sample together read it together
-    rules = parametrization.lookup(config.parametrization.name)[1](config.parametrization).rules(task.network)
+    by_name = rules(config, task)
     fresh = config.weights.url and resume_step is None
     task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
-    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, rules)
+    task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
     torch.manual_seed(
         config.seed + layout.data_rank(rank)
     )  # the same parameters everywhere, but each rank's own dropout
@@ -166,7 +168,6 @@ def _fit(
             task=task,
             data=data,
             attempt=attempt,
-            resume_step=resume_step,
             flops=flops,
             writer=writer,
             trace=trace,
@@ -181,6 +182,7 @@ def _fit(
         trainer.fit(task, datamodule=data, ckpt_path=path)
     finally:
         with contextlib.ExitStack() as stack:  # each is closed even if another fails
+            stack.callback(watch.heartbeat.stop)
             stack.callback(writer.close)
             if trace is not None:
                 stack.callback(trace.close)
@@ -188,17 +190,22 @@ def _fit(
         return recovery.rollback
     steps = trainer.global_step
     samples = steps * config.train.global_batch
-    status = "ok"
+    ending = "ok"
     if not recovery.healthy:
-        status = "diverged"
+        ending = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
-        status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        ending = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        if on_rank_zero(lambda: status.requested(store)):
+            ending = "cancelled"
+    elif watch.pruning is not None and watch.pruning.why:
+        ending = "pruned"
     record |= {
-        "status": status,
+        "status": ending,
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
         "diverged_step": recovery.step,
+        **({"pruned": watch.pruning.why} if watch.pruning is not None and watch.pruning.why else {}),
         "parameters": parameters,
         "flops": None if flops is None else flops * samples,
         "flops_convention": FLOPS_CONVENTION,
@@ -207,7 +214,7 @@ def _fit(
         "faults": on_rank_zero(lambda: faults(read_attempts(store))),
         "attempt_seconds": time.time() - started,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "loss": sum(losses) / len(losses) if losses else None,
+        "loss": mean(losses),
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
@@ -215,6 +222,12 @@ def _fit(
     }
     on_rank_zero(lambda: write_record(store, record))
     return record
+
+
+def _say_how_it_ended(store: Store, record: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # the record says it, too
+            status.ended(store, record)
 
 
 def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -16,6 +16,7 @@ from modules.layers.attention import CausalAttention
 from modules.layers.linear import Embedding, Linear
 from modules.layers.mlp import MLP, SwiGLU
 from modules.layers.norms import RMSNorm
+from modules.scales import declare_factors, scaled
 from modules.tensor_plan import Split, TensorPlan
 
 MLPS = {"swiglu": SwiGLU, "gelu": MLP}
@@ -147,10 +148,11 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`. Factor: `branch`, on both branches."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        declare_factors(self, branch=1.0)
         branch_scale = 1.0 / math.sqrt(2 * config.depth)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = CausalAttention(
@@ -167,5 +169,5 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config.width, config.mlp_hidden, bias=config.bias, branch_scale=branch_scale)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        x_BLD = x_BLD + scaled(self.attention(self.attention_norm(x_BLD)), self, "branch")
+        return x_BLD + scaled(self.mlp(self.mlp_norm(x_BLD)), self, "branch")

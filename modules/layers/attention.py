@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from modules.layers.linear import Linear
 from modules.layers.norms import RMSNorm
+from modules.scales import declare_factors, factor
 
 
 def rotary_tables(length: int, features: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,8 @@ class CausalAttention(nn.Module):
 
     K = H is multi-head, K = 1 multi-query, between them grouped-query attention (arXiv:2305.13245). `qk_norm` puts an
     RMS norm over the features of each head, with one gain shared by the heads, on q and k before the rotation
-    (arXiv:2302.05442). `branch_scale` multiplies the initial standard deviation of the output projection.
+    (arXiv:2302.05442). `branch_scale` multiplies the initial standard deviation of the output projection. Factor:
+    `attention`, at first 1/sqrt(E).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class CausalAttention(nn.Module):
         self.key = Linear(width, kv_heads * self.head_dim, bias=bias, std=std)
         self.value = Linear(width, kv_heads * self.head_dim, bias=bias, std=std)
         self.out = Linear(heads * self.head_dim, width, bias=bias, std=branch_scale * std)
+        declare_factors(self, attention=1.0 / math.sqrt(self.head_dim))
         self.query_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity()
 
@@ -76,5 +79,8 @@ class CausalAttention(nn.Module):
         cos, sin = rotary_tables(x_BLD.shape[1], self.head_dim, self.rope_base, x_BLD.device)
         q_BHLE = rotate(q_BLHE.transpose(1, 2), cos, sin)
         k_BKLE = rotate(k_BLKE.transpose(1, 2), cos, sin)
-        y_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BKLE, v_BKLE, is_causal=True, enable_gqa=self.grouped)
+        scale = factor(self, "attention")
+        y_BHLE = F.scaled_dot_product_attention(
+            q_BHLE, k_BKLE, v_BKLE, is_causal=True, enable_gqa=self.grouped, scale=scale
+        )
         return self.out(y_BHLE.transpose(1, 2).flatten(2))

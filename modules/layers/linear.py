@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.roles import Role, declare
+from modules.scales import declare_factors, declare_fans, normal_, scaled, uniform_
 
 
 class Linear(nn.Linear):
-    """`y = x Wᵀ + b` on the last axis; W `(out, in)` has the given role, b is a vector.
+    """`y = x Wᵀ + b` on the last axis; W `(out, in)` has the given role, b is a vector. Factor: `weight`.
 
     `std` is the standard deviation of the normal initial weights; None takes uniform(±1/sqrt(in)), torch's default.
     A bias starts at zero with `std`, uniform like the weights without.
@@ -33,23 +34,29 @@ class Linear(nn.Linear):
         self.std = std  # before the parent's constructor, which calls reset_parameters
         super().__init__(in_features, out_features, bias=bias)
         declare(self, weight=role, bias="vector")
+        declare_fans(self, weight=(in_features, out_features))
+        declare_factors(self, weight=1.0)
 
     def reset_parameters(self) -> None:
         if self.std is None:
             bound = 1.0 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.weight, -bound, bound)
+            uniform_(self, "weight", bound)
             if self.bias is not None:
-                nn.init.uniform_(self.bias, -bound, bound)
+                uniform_(self, "bias", bound)
         else:
-            nn.init.normal_(self.weight, std=self.std)
+            normal_(self, "weight", self.std)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(scaled(x, self, "weight"))
 
 
 class ChannelLinear(Linear):
     """The same map on axis 1 of `(B, C, *S)`, at each grid point: a 1x1 convolution in any number of dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x = scaled(x, self, "weight")
         return F.conv1d(x.flatten(2), self.weight[:, :, None], self.bias).unflatten(2, x.shape[2:])
 
 
@@ -57,18 +64,23 @@ class Embedding(nn.Embedding):
     """Token table `(vocab, D)`, normal with standard deviation `std`.
 
     Integers `(*)` are looked up, `(*, D)`; features `(*, D)` are scored against each row, `(*, vocab)`: a tied readout.
+    Factors: `weight` on what is looked up, `score` on scores.
     """
 
     def __init__(self, vocab_size: int, width: int, *, std: float) -> None:
         self.std = std
         super().__init__(vocab_size, width)
         declare(self, weight="embedding")
+        declare_fans(self, weight=(1, width))
+        declare_factors(self, weight=1.0, score=1.0)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        normal_(self, "weight", self.std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+        if x.is_floating_point():
+            return F.linear(scaled(x, self, "score"), self.weight)
+        return scaled(super().forward(x), self, "weight")
 
 
 class SoftGate(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.roles import declare
+from modules.scales import declare_factors, declare_fans, normal_, scaled
 
 _AXES = "xyz"
 
@@ -30,7 +31,7 @@ class SpectralConv(nn.Module):
       `j - m//2` (j on the last axis).
     - `bias`: `(O,)`.
 
-    Initial weights are complex normal with `E|w|² = 2 / (I + O)`; the bias has the same variance.
+    Fans are channels. Factor: `weight`. Initial weights are complex normal with `E|w|² = 2 / (I + O)`; the bias has the same variance.
 
     Transforms run in float32 (float64 for float64 input), also under autocast: half-precision FFTs lose the small
     modes and exist only for some sizes. The result has the input's dtype. Transforms are pruned: each axis is cut to
@@ -57,13 +58,15 @@ class SpectralConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(in_channels, out_channels, *modes[:-1], columns, 2))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         declare(self, weight="spectral", bias="vector")
+        declare_fans(self, weight=(in_channels, out_channels))  # modes are no width
+        declare_factors(self, weight=1.0)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         std = math.sqrt(2.0 / (self.in_channels + self.out_channels))
-        nn.init.normal_(self.weight, std=std / math.sqrt(2.0))  # two real parts share the variance
+        normal_(self, "weight", std / math.sqrt(2.0))  # two real parts share the variance
         if self.bias is not None:
-            nn.init.normal_(self.bias, std=std)
+            normal_(self, "bias", std)
 
     def forward(self, x: Tensor, output_shape: Sequence[int] | None = None) -> Tensor:
         """`x` `(B, I, *n)` to `(B, O, *output_shape)`, by default on the input's grid.
@@ -105,6 +108,7 @@ class SpectralConv(nn.Module):
             weight = weight.narrow(axis, m // 2 - low, low + high)
         weight = weight.narrow(len(axes) + 1, 0, columns).to(x.dtype)
         modes = _AXES[: len(axes)]
+        spectrum = scaled(spectrum, self, "weight")
         spectrum = torch.einsum(f"bi{modes},io{modes}->bo{modes}", spectrum, torch.view_as_complex(weight.contiguous()))
 
         for axis, size, (low, high) in zip(axes[:-1], shape[:-1], kept[:-1], strict=True):

@@ -9,6 +9,7 @@ from torch import nn
 from modules.roles import declare
 from trainer import optim, parametrization
 from trainer.optim import schedule
+from trainer.parametrization.rule import Case
 
 
 def factor(step: int, name: str, **other: float) -> float:
@@ -39,10 +40,10 @@ class Net(nn.Module):
 
 
 def test_vectors_are_not_decayed_and_groups_follow_rules():
-    _, standard = parametrization.lookup("standard")
+    config_of, standard = parametrization.lookup("standard")
     config_class, build = optim.lookup("adamw")
     net = Net()
-    rules = standard(standard.config_class()).rules(net)
+    rules = standard(config_of()).rules(net, None, Case("adam", 1e-2))
     groups = parametrization.groups(dict(net.named_parameters()), rules, lr=1e-2, weight_decay=0.3)
     optimizer = build(config_class(lr=1e-2, weight_decay=0.3), groups)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

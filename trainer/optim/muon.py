@@ -56,6 +56,7 @@ class Muon(MatrixOptimizer):
     """
 
     config_class: ClassVar[type] = MuonConfig
+    family: ClassVar[str] = "matrix"
     exchange_dtype = torch.bfloat16
     state_names = ("momentum_buffer",)
     needs_matrices: ClassVar[bool] = True

@@ -29,6 +29,7 @@ class AdamW:
     """Builds `torch.optim.AdamW`."""
 
     config_class: ClassVar[type] = AdamWConfig
+    family: ClassVar[str] = "adam"
 
     def __new__(cls, config: AdamWConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:  # type: ignore[misc]
         b1, b2 = config.betas
@@ -58,6 +59,7 @@ class SGD:
     """Builds `torch.optim.SGD`."""
 
     config_class: ClassVar[type] = SGDConfig
+    family: ClassVar[str] = "sgd"
 
     def __new__(cls, config: SGDConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:  # type: ignore[misc]
         return torch.optim.SGD(
