@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from datamodules.store import Store
 from modules.tasks.base import Task
+from trainer import signals
 from trainer.callbacks import loggers, parity
 from trainer.callbacks.checkpoint import Checkpoint
 from trainer.callbacks.diagnostics import DiagnosticsLog
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.guard import NONFINITE
+from trainer.callbacks.heartbeat import Heartbeat
 from trainer.callbacks.metrics import MetricsLog
 from trainer.callbacks.preemption import Preemption
 from trainer.callbacks.progress import Progress
@@ -80,6 +82,7 @@ class Watch:
     recovery: Recovery
     preemption: Preemption
     throughput: Throughput
+    heartbeat: Heartbeat
     pruning: Pruning | None = None
     callbacks: list[pl.Callback] = field(default_factory=list)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
@@ -137,7 +140,25 @@ def assemble(parts: Parts) -> Watch:
         event=metrics.event,
         val_every=config.train.val_every,
     )
-    watch = Watch(metrics, recovery, preemption, throughput)
+    heartbeat = Heartbeat(
+        parts.store,
+        metrics,
+        watchdog,
+        about={
+            "name": config.name,
+            "attempt": parts.attempt,
+            "max_steps": config.train.max_steps,
+            "accelerator": name,
+            "strategy": config.strategy.name,
+            "tokens_per_sample": task.tokens_per_sample(),
+            "parameters": sum(p.numel() for p in task.network.parameters()),
+        },
+        committed=lambda: (
+            parts.checkpointer.committed or (parts.strategy.loaded and (parts.strategy.loaded, 0.0)) or None
+        ),
+        obey=signals.ask,
+    )
+    watch = Watch(metrics, recovery, preemption, throughput, heartbeat)
     skipped = config.recovery.nonfinite == "skip"
     metrics.subscribe(
         lambda rows: watch.losses.extend(
@@ -174,6 +195,7 @@ def assemble(parts: Parts) -> Watch:
                 name=config.name,
             )
         )
+    callbacks.append(heartbeat)
     callbacks.append(watchdog.ready)
     loggers.check(config.log)  # on all ranks: they have the same packages
     if rank == 0:

@@ -119,6 +119,17 @@ def walk(root: str) -> list[str]:
     return sorted(found)
 
 
+def children(root: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files directly in `root`, without files in the making. Missing root: none."""
+    try:
+        with os.scandir(root) as entries:
+            found = [(entry.is_dir(), entry.name) for entry in entries]
+    except FileNotFoundError:
+        return [], []
+    files = [name for folder, name in found if not folder and not name.endswith(TEMPORARY)]
+    return sorted(name for folder, name in found if folder), sorted(files)
+
+
 def sweep(root: str, age: float) -> None:
     """Remove files in the making that nobody has written to for `age` seconds: their writers were killed."""
     for directory, _, names in os.walk(root):

@@ -7,26 +7,24 @@ libraries below or `pathlib` (which would turn `s3://b/k` into `s3:/b/k`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import local, multipart
+from . import local, looks, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
 from .direct import Sink, Tags
-from .errors import AccessDenied, Changed, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .errors import Changed, NoBucket, NotFound, ShortRead, StoreError
 from .names import canonical_json, checked, join_url
-from .retry import Retry, chain, is_connect_fault, is_transient, response_of
+from .retry import Retry, is_connect_fault, is_transient, response_of
+from .translate import translate
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
 RETRY_OPTIONS = ("deadline", "connect_deadline")
-# A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
-_FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
-_FULL_CODES = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 
 
 class Store:
@@ -190,6 +188,20 @@ class Store:
             return self._local(path, lambda: os.stat(self.local_path(path)).st_size)
         return self._remote(path, lambda held, key, _: self._remote_size(held.filesystem, key))
 
+    def children(self, prefix: str = "") -> tuple[list[str], list[str]]:
+        """(folders, objects) directly below the folder `prefix`: their last names, sorted. None is no error."""
+        checked(prefix)
+        if self.is_local:
+            return self._local(prefix, lambda: local.children(self.local_path(prefix)))
+
+        def attempt(held: Client, key: str, _n: int) -> tuple[list[str], list[str]]:
+            found = looks.children(held.filesystem, key)
+            if not any(found):
+                self._check_bucket(held.filesystem)
+            return found
+
+        return self._remote(prefix, attempt)
+
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
         checked(prefix)
@@ -199,19 +211,22 @@ class Store:
             return self._local(prefix, lambda: [lead + name for name in local.walk(self.local_path(prefix))])
 
         def attempt(held: Client, key: str, _n: int) -> list[str]:
-            fs = held.filesystem
-            try:
-                found = fs.find(key)
-            except FileNotFoundError:
-                self._check_bucket(fs)
-                return []
-            if not found:
-                self._check_bucket(fs)
-            cut = key.strip("/") + "/" if key.strip("/") else ""
-            names = [name.strip("/") for name in found]
-            return sorted(lead + name[len(cut) :] for name in names if name.startswith(cut) and name != cut)
+            names = looks.objects(held.filesystem, key)
+            if not names:
+                self._check_bucket(held.filesystem)
+            return [lead + name for name in names]
 
         return self._remote(prefix, attempt)
+
+    def times(self, path: str) -> tuple[float, float] | None:
+        """When an object was last written and what time it is, in seconds since the epoch, both by the store's own clock
+        (S3: whole seconds; a local disk: this machine's); None where a store does not tell."""
+        if self.is_local:
+            return self._local(path, lambda: (os.stat(self.local_path(path)).st_mtime, time.time()))
+        if self._protocol not in S3_PROTOCOLS:
+            return None
+
+        return self._remote(path, lambda held, key, _: looks.times(held.filesystem, key))
 
     # Writing
 
@@ -250,6 +265,11 @@ class Store:
         body = _body(data)
         return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
 
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the server was found to check conditions, by `create`; None where that is not yet, or never, asked."""
+        return None if self.is_local else self._client().conditional.get(self._root.split("/")[0])
+
     def write_json(self, path: str, value: Any) -> None:
         """`value` as canonical JSON: sorted keys, no spaces, so that equal values are equal bytes."""
         self.write(path, canonical_json(value))
@@ -277,6 +297,9 @@ class Store:
             self._local("", lambda: local.sweep(self._root, age))
 
     # Plumbing
+
+    def _url(self, path: str) -> str:
+        return self.join(path) if path else self.url
 
     def _key(self, path: str) -> str:
         checked(path)
@@ -330,7 +353,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            raise self._translate(error, (names or {}).get(error.filename, path)) from error
+            raise translate(error, self._url((names or {}).get(error.filename, path)), self.is_local) from error
 
     def _remote(self, path: str, operation: Callable[[Client, str, int], T], blamed: Sequence[str] = ()) -> T:
         held = self._client()
@@ -354,35 +377,7 @@ class Store:
             where = blamed[0] if blamed else path
             if isinstance(error, FileNotFoundError):
                 self._check_bucket(held.filesystem)
-            raise self._translate(error, where) from error
-
-    def _translate(self, error: Exception, path: str) -> StoreError:
-        url = self.join(path) if path else self.url
-        names = {type(link).__name__ for link in chain(error)}
-        status, code = response_of(error)
-        text = " ".join(str(error).split()) or type(error).__name__
-        if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"}:
-            return AccessDenied(
-                f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        if status == 507 or code in _FULL_CODES or (isinstance(error, OSError) and error.errno in _FULL_ERRNO):
-            reason = code or getattr(error, "strerror", None) or text
-            return OutOfSpace(f"{url}: no space left for it ({reason}); free space and start again")
-        if isinstance(error, NotADirectoryError):
-            return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
-        if isinstance(error, FileNotFoundError):
-            return NotFound(f"{url}: not found; check the URL")
-        if isinstance(error, PermissionError) or status in (401, 403):
-            hint = (
-                "check its permissions"
-                if self.is_local
-                else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
-            )
-            return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
-        if is_transient(error):
-            endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
-            return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")
-        return StoreError(f"{url}: {type(error).__name__}: {text}")
+            raise translate(error, self._url(where), self.is_local) from error
 
 
 def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:

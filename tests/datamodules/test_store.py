@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+import time
 import uuid
 
 import pytest
@@ -72,6 +73,28 @@ def test_listing_a_prefix_is_by_folder_not_by_letters(store):
     assert store.list("step-1") == ["step-1/x"]
     store.delete_tree("step-1")
     assert store.list() == ["step-10/x"]
+
+
+def test_the_children_of_a_folder_are_told_without_what_lies_deeper(store):
+    assert store.children() == store.children("a") == ([], [])
+    for path in ("a/1/x/y", "a/1/z", "a/2", "a/10", "ab/3", "top"):
+        store.write(path, b"x")
+    assert store.children("a") == store.children("a/") == (["1"], ["10", "2"])
+    assert store.children() == (["a", "ab"], ["top"])
+    assert store.sub("a").children("1") == (["x"], ["z"])
+
+
+def test_times_are_those_of_the_store(store):
+    before = time.time()
+    store.write("a", b"x")
+    told = store.times("a")
+    if "memory" in store.url:
+        assert told is None
+        return
+    written, now = told
+    assert before - 1 <= written <= now <= time.time() + 1
+    with pytest.raises(NotFound):
+        store.times("b")
 
 
 def test_new_objects_are_seen_at_once(store):

@@ -107,6 +107,11 @@ class Watchdog(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._enter("save", trainer)  # the last one, and the last rows
 
+    @property
+    def now(self) -> tuple[str, int]:
+        """(phase, step) of this process, also where it is not watched; from any thread."""
+        return self._now[:2]
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Around a save."""

@@ -65,6 +65,7 @@ class Checkpointer:
         self.writer = 0
         # Called on all ranks before a commit, in the thread that uploads: what must be in the store by then.
         self.before_commit: Callable[[], None] = lambda: None
+        self.committed: tuple[int, float] | None = None  # on rank 0: (step, seconds since the epoch) of the last commit
         self._registered: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
         self._flight, self._ledger = Flight(), Ledger(store)
         self._image, self._buffers = Image(), Buffers()
@@ -283,6 +284,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{folder.url} was committed by another process meanwhile: two runs write to the same URL; stop one"
             )
+        self.committed = step, created
 
     def _retain(self) -> None:
         """Rank 0: drops committed steps beyond the policy, marker first, so that a half-deleted one is never trusted."""
