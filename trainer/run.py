@@ -168,7 +168,6 @@ def _fit(
             task=task,
             data=data,
             attempt=attempt,
-            resume_step=resume_step,
             flops=flops,
             writer=writer,
             trace=trace,

@@ -195,7 +195,7 @@ def _extended(config: SweepConfig, table: Table) -> Table:
             table = table.with_rows(kept(table, read_table(store)))
         table.save(store)
         adaptive = Adaptive(config)
-        results = Results(store, config.objective).complete(table, table.rows)
+        results = Results(store, config.objective).complete(table)
         table = table.with_rows(adaptive.additions(table, results))
         for note in adaptive.notes:
             print(note, flush=True)

@@ -220,7 +220,7 @@ class Group:
         if left <= 0:
             _say(f"{name} was lost: {why}; no retries are left", "error")
             node.phase, node.code = ENDED, EXIT_LOST
-            self._first, self._since = EXIT_LOST, time.monotonic()
+            self._first, self._since = EXIT_LOST, time.monotonic() - _OTHERS_S  # without it the others can do nothing
             return
         _say(f"{name} was lost: {why}; waiting for another, {left - 1} retries are left")
         if alive:

@@ -238,6 +238,13 @@ class Claims:
                 self._beat()
 
 
+def touched(store: Store) -> set[str]:
+    """The rows that any driver has ever claimed."""
+    log = _Log()
+    _follow(store, log)
+    return set(log.holders)
+
+
 def running(store: Store) -> dict[str, bool]:
     """Row -> whether its driver lives, of all rows that are claimed. For looking on: it needs no driver and gives none up."""
     log = _Log()

@@ -134,7 +134,7 @@ def test_nodes_know_where_they_stand(backend: Ray, ray_cluster: RayCluster, tmp_
 
 
 def test_jobs_end_as_their_nodes_do(backend: Ray, ray_cluster: RayCluster, tmp_path: Path) -> None:
-    """Exit codes, requeue, arrays and jobs that come after others, at once."""
+    """Exit codes, requeue, arrays and jobs that come after others, all at once."""
     order(tmp_path, "bad", "2")
     order(tmp_path, "worse", "0 137")
     order(tmp_path, "again", "75")
@@ -145,7 +145,13 @@ def test_jobs_end_as_their_nodes_do(backend: Ray, ray_cluster: RayCluster, tmp_p
     after = backend.submit(job(tmp_path, "well", after=(array,), **one))
     never = backend.submit(job(tmp_path, "well", after=(bad,), **one))
     worse = backend.submit(job(tmp_path, "worse", cpus=1))
-    again = backend.submit(job(tmp_path, "again", **one))
+    again = make_backend(tmp_path, strategy="PACK").submit(job(tmp_path, "again", cpus=1))  # on one Ray node
+    alone = backend.submit(job(tmp_path, "x", **one))
+    (note,) = notes(tmp_path, alone, 1)
+    os.kill(note["pid"], signal.SIGKILL)
+    until(backend, alone, "failed")
+    assert ended(ray_cluster, alone) == ("FAILED", 74)
+    assert any(" was lost: its node entry ended with -9; no retries" in line for line in backend._head.logs(alone))
     until(backend, after, "done", seconds=240)
     assert backend.state(array) == "done" and [backend.state(f"{array}_{k}") for k in (0, 1, 2)] == [
         "done",
@@ -162,7 +168,9 @@ def test_jobs_end_as_their_nodes_do(backend: Ray, ray_cluster: RayCluster, tmp_p
     until(backend, never, "failed")
     (said,) = [line for line in backend._head.logs(never) if line.startswith("keel: ")]
     assert said == f"keel: error: job {bad}, which this one comes after, is failed"
-    wait_until(lambda: len(list(tmp_path.glob(f"{again}-0-*.json"))) > 1, "the preempted job to come back", 120)
+    for node in (0, 1):
+        started = f"{again}-{node}-*.json"
+        wait_until(lambda started=started: len(list(tmp_path.glob(started))) > 1, "the preempted job to come back", 120)
     order(tmp_path, "again", "0")
     until(backend, again, "done")
 

@@ -115,7 +115,7 @@ def test_a_run_survives_what_happens_to_a_cluster_bit_for_bit(place: Path, ray_c
     second = committed(resumed[1])
     backend, job = read_job(store)
     assert backend.state(job) == "running"
-    gone = {ray_cluster.address_of(name): name for name in ("n1", "n2")}[address_of(store, 1)]
+    gone = place_of(store, 1)
     ray_cluster.kill(gone)  # a Ray node, and all on it
     ray_cluster.start(gone)
     resumed.append(training(3))
@@ -143,10 +143,10 @@ def test_a_run_survives_what_happens_to_a_cluster_bit_for_bit(place: Path, ray_c
     assert any("ok after" in line or "loss" in line for line in backend.logs(job, 0))
 
 
-def address_of(store: Store, node: int) -> str:
-    """The address of the Ray node that a node of the run is on."""
+def place_of(store: Store, node: int) -> str:
+    """The name of the Ray node that a node of the run is on."""
     environment = Path(f"/proc/{status(store, node)['pid']}/environ").read_bytes().split(b"\0")
-    return next(e.partition(b"=")[2].decode() for e in environment if e.startswith(b"RAY_NODE_IP="))
+    return next(e.partition(b"=")[2].decode() for e in environment if e.startswith(b"KEEL_RAY_NODE="))
 
 
 def test_nothing_is_left_behind_by_a_job_that_is_refused(

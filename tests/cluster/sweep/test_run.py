@@ -205,7 +205,7 @@ def test_plan_status_and_what_is_refused(
 
 
 def test_a_pruned_run_is_told_by_the_others(sweep: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    sweep["grid"] = {"optim.lr": [3e-2, 1e-2, 1e-7, 1e-8]}
+    sweep["grid"] = {"optim.lr": [1e-2, 3e-2, 1e-7, 1e-8]}
     sweep["base"]["train"] |= {"val_every": 2, "max_steps": 8}
     sweep |= {"objective": "val/loss", "stop": {"first": 4, "factor": 2}, "executor": "packed"}
     table = saved(sweep)
@@ -219,6 +219,28 @@ def test_a_pruned_run_is_told_by_the_others(sweep: dict[str, Any], capsys: pytes
     assert (
         record["status"] == "pruned" and "runs were better" in record["pruned"] and record["checkpoint"].endswith("4")
     )
+
+
+@pytest.mark.timeout(280)
+def test_a_row_on_several_nodes_is_a_job_of_its_own(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sweep["grid"] = {"optim.lr": [1e-2]}
+    sweep["settings"] = {"resources.nodes": 2}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    here = {"backend": "local", "code": {"how": "image"}, "heartbeat_s": 0.5}
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(here))
+    assert keel("sweep", "run", tmp_path / "sweep.yaml") == 2
+    assert "needs 2 machines; `keel sweep run --on`" in capsys.readouterr().err
+    words = ("sweep", "run", tmp_path / "sweep.yaml", "--on", tmp_path / "here.yaml")
+    assert keel(*words) == 0 and "1 running" in capsys.readouterr().out
+    assert keel(*words) == 0 and "jobs local-" not in capsys.readouterr().out  # it is under way already
+    table = expand(load(sweep))
+    wait_until(lambda: not status(table).counts["running"], "the job to end", 200, every=0.5)
+    assert status(table).counts["ok"] == 1
+    assert read_record(Store(table.run_url(table.rows[0])))["environment"]["world_size"] == 2
 
 
 @pytest.mark.timeout(280)
