@@ -2,6 +2,7 @@
 VENV := .venv/bin/python
 STORE ?= file
 ARGS ?=
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint gpu-check clean
@@ -15,8 +16,8 @@ setup:  ## create .venv with torch, the project and what its tests need
 demo: setup  ## simulate, train, kill, resume, evaluate, report (STORE=file or STORE=s3)
 	@$(VENV) scripts/demo.py --store $(STORE)
 
-test: setup  ## run the tests (ARGS="-k cli" is passed on to pytest)
-	@$(VENV) -m pytest $(ARGS)
+test: setup  ## run the tests in PROCESSES=2 processes (ARGS="-k cli" is passed on to pytest)
+	@OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff check, ruff format --check, mypy
 	@$(VENV) -m ruff check .

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cluster.commands import checkpoint, config, coordcheck, data, dryrun, fit, plan, run, submit
+from cluster.commands import checkpoint, config, coordcheck, data, doctor, dryrun, fit, plan, run, submit, sweep, watch
 
 DESCRIPTION = """\
 Trains neural operators and language models, on one process or many, from any object store.
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for family in (run, submit, data, config, checkpoint, dryrun, coordcheck, fit, plan):
+    for family in (run, submit, watch, doctor, data, config, checkpoint, dryrun, coordcheck, sweep, fit, plan):
         family.register(commands)
     return parser
 
@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("KEEL_TRACEBACK", "") not in ("", "0") or not is_user_error(error):
             raise
         print(f"keel: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
+        from cluster.launch import EXIT_UNAVAILABLE, EXIT_USER_ERROR
+        from datamodules.store import Unreachable
+
+        return EXIT_UNAVAILABLE if isinstance(error, Unreachable) else EXIT_USER_ERROR
 
 
 def is_user_error(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real S3-compatible server on loopback."""
+"""Fixtures for all tests: real servers on this machine; and how tests are spread over processes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ray import CPUS, RayCluster, ray_script
 from tests.helpers.slurm import SlurmCluster, slurm_script
 
 CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
+
+SERVERS = ("ray_server", "slurm_server", "ceph_server")  # one of each per machine, and slow to start
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -47,6 +50,19 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"KEEL_REQUIRE=all: {item.nodeid} was skipped: {call.excinfo.value if call.excinfo else ''}"
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several processes (pytest-xdist): a file stays in one, and the files that share a server, too; those come first,
+    as they take the longest."""
+    group_of: dict[Path, str] = {}
+    for item in items:
+        servers = [name for name in SERVERS if name in getattr(item, "fixturenames", ())]
+        if servers:
+            group_of[item.path] = servers[0]
+    items.sort(key=lambda item: item.path not in group_of)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, str(item.path))))
 
 
 @dataclass
@@ -199,3 +215,34 @@ def slurm(slurm_server: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("SLURM_CONF", slurm_server.conf)
     yield slurm_server
     slurm_server.clear()
+
+
+@pytest.fixture(scope="session")
+def ray_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """Ray on this machine, with a head and two nodes. Its clients find it when they ask for `ray_cluster`."""
+    folder = tmp_path_factory.mktemp("ray")
+    try:
+        done = ray_script("up", str(folder), "2", KEEL_RAY_CPUS=str(CPUS))
+        if done.returncode == 3:
+            unavailable(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        yield (cluster := RayCluster(folder, exported(done.stdout)))
+        assert len(cluster.processes()) > 6
+        ray_script("down", str(folder))
+        assert cluster.processes() == []
+    finally:
+        ray_script("down", str(folder))
+
+
+@pytest.fixture
+def ray_cluster(ray_server: RayCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
+    """`ray_server`, with the environment of its clients, and neither jobs nor dead nodes left to the next test."""
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
+    with monkeypatch.context() as patch:
+        for name, value in ray_server.environment.items():
+            patch.setenv(name, value)
+        reset_auth_token_state()  # Ray reads these settings once in a process
+        yield ray_server
+        ray_server.clear()
+    reset_auth_token_state()

@@ -3,8 +3,9 @@
     python -m trainer fit RUN_URL [--resume]
     python -m trainer evaluate RUN_URL [--split test] [--limit N]
 
-Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 1 any other failure, 75 preempted
-by SIGTERM or SIGUSR1 after a save, 76 ended by the watchdog, 130 interrupted by SIGINT after a save.
+Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 69 the store did not answer in time
+(one line; a later start may succeed), 75 preempted by SIGTERM or SIGUSR1 after a save or before there was anything to
+save, 76 ended by the watchdog, 130 interrupted by SIGINT likewise, or cancelled, 1 any other failure.
 """
 
 import argparse
@@ -12,15 +13,15 @@ import os
 import sys
 from typing import Any
 
-from trainer import restarts
-from trainer.errors import Defect, is_user_error, one_line, wants_traceback
+from trainer import restarts, signals
 
-EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
-_EXITS = {"preempted": 75, "interrupted": 130}  # by status of the run
+# by status of the run
+_EXITS = {"preempted": signals.EXIT_PREEMPTED} | dict.fromkeys(("interrupted", "cancelled"), signals.EXIT_INTERRUPTED)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one worker; returns its exit code."""
+    signals.leave_at_once()  # before the heavy imports
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("fit", help="train the run whose config.yaml lies at RUN_URL")
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluate.add_argument("--limit", type=int, default=0, help="at most this many samples (0: all)")
     arguments = parser.parse_args(argv)
     restarts.die_with_parent()
+    restarts.be_patient()
     try:
         if arguments.command == "fit":
             from trainer.run import fit_url
@@ -41,22 +43,21 @@ def main(argv: list[str] | None = None) -> int:
 
         run_evaluation(arguments.url, split=arguments.split, limit=arguments.limit or None)
     except Exception as error:
+        from trainer import errors
         from trainer.distributed import posted_error
 
-        if wants_traceback():
+        if errors.wants_traceback():
             raise
         # Without a tear-down: the other ranks may hang in a collective, and the launcher ends them.
-        if is_user_error(error):
-            print(one_line(error), file=sys.stderr, flush=True)
-            os._exit(EXIT_USER_ERROR)
-        if isinstance(error, Defect):
-            print(one_line(error), file=sys.stderr, flush=True)
-            os._exit(EXIT_FAILURE)
+        if errors.is_user_error(error) or isinstance(error, errors.Defect):
+            print(errors.one_line(error), file=sys.stderr, flush=True)
+            os._exit(errors.exit_code(error))
         told = posted_error()
         if told is not None:  # by the rank that failed; this one only lost the connection to it
+            code, line = told
             if os.environ.get("RANK") == "0":  # whose output the launcher shows
-                print(f"keel: error: {told}", file=sys.stderr, flush=True)
-            os._exit(EXIT_USER_ERROR)
+                print(f"keel: error: {line}", file=sys.stderr, flush=True)
+            os._exit(code)
         raise
     return 0
 

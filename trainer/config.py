@@ -7,9 +7,12 @@ Nothing is ever ignored: an unknown key, a wrong type, a missing value or an imp
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -149,6 +152,89 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back to an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+
+
+def varied(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`config` with values changed by their dotted keys: as strict as `load`, and some hundred times as fast.
+
+    For numbers, words, switches and lists of them that the config has. The variant of a section (its `name`) and mappings
+    need `load`. Whether sections fit each other (`trainer.build.check`) is checked once for equal sections.
+
+    Raises:
+        ConfigError: unknown key, wrong type, impossible value or combination.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for key, value in values.items():
+        head, _, name = key.partition(".")
+        holder = getattr(config, head, None) if name else config
+        known = [f.name for f in dataclasses.fields(holder)] if dataclasses.is_dataclass(holder) else []
+        if (name or head) not in known or (name == "name" and head in _SECTIONS):
+            every = [f"{head}.{k}" for k in known] if known and name else [f.name for f in dataclasses.fields(config)]
+            raise ConfigError(_unknown(key, "", every))
+        hints = _hints(type(holder))  # type: ignore[arg-type]  # a class is hashable
+        target = sections.setdefault(head, {}) if name else top
+        target[name or head] = _converted(key, value, hints[name or head])
+        if key in ("url", "data.url", "weights.url") and target[name or head]:
+            target[name or head] = absolute_url(target[name or head])
+    for head, given in sections.items():
+        try:
+            top[head] = dataclasses.replace(getattr(config, head), **given)
+        except ValueError as error:
+            raise ConfigError(f"{head}: {error}") from error
+    try:
+        made = dataclasses.replace(config, **top)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    raw = to_dict(made)
+    for key in _UNCHECKED:
+        head, _, name = key.partition(".")
+        (raw[head] if name else raw).pop(name or head, None)
+    _checked(json.dumps(raw, sort_keys=True, default=str), made)
+    return made
+
+
+# What no check of sections against each other looks at: sweeps vary it.
+_UNCHECKED = ("name", "url", "seed", "schedule", "log", "optim.lr", "optim.weight_decay", "train.max_steps")
+_PLAIN: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+_seen: dict[str, str] = {}  # sections that were checked -> what was wrong with them
+
+
+def _checked(sections: str, config: RunConfig) -> None:
+    from trainer.build import check
+
+    if sections not in _seen:
+        try:
+            check(config)
+            _seen[sections] = ""
+        except ConfigError as error:
+            _seen[sections] = str(error)
+    if _seen[sections]:
+        raise ConfigError(_seen[sections])
+
+
+@functools.cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _converted(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type of its field."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is list and isinstance(value, list | tuple):
+        return [_converted(f"{key}[{i}]", item, typing.get_args(kind)[0]) for i, item in enumerate(value)]
+    if kind is float and isinstance(value, str):  # YAML takes 1e-3 for a word
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, _PLAIN.get(kind, ())) or (isinstance(value, bool) and kind is not bool):
+        name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+        raise ConfigError(f"{key}={value!r}: expected {name}, got {type(value).__name__}")
+    return float(value) if kind is float else value  # type: ignore[arg-type]  # it is a number by now
 
 
 def config_hash(config: RunConfig, fingerprint: str = "") -> str:

@@ -1,6 +1,7 @@
 """The few things that ranks tell each other outside of training steps."""
 
 import datetime
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -109,22 +110,23 @@ def on_rank_zero(call: Callable[[], Any], group: Any = None) -> Any:
     return box[0]
 
 
-def post_error(line: str) -> None:
-    """Leaves the cause of this rank's end where the others look when their collectives break."""
+def post_error(code: int, line: str) -> None:
+    """Leaves the cause of this rank's end, and its exit code, where the others look when their collectives break."""
     if world_size() > 1:
         try:
-            dist.distributed_c10d._get_default_store().set(_ERROR_KEY, line)
+            dist.distributed_c10d._get_default_store().set(_ERROR_KEY, json.dumps([code, line]))
         except RuntimeError:  # the store went with the rank that held it; nobody is left to be told
             return
 
 
-def posted_error() -> str | None:
-    """What another rank left with `post_error`, if anything."""
+def posted_error() -> tuple[int, str] | None:
+    """(exit code, line) that another rank left with `post_error`, if any did."""
     if world_size() > 1:
         try:
             store = dist.distributed_c10d._get_default_store()
             if store.check([_ERROR_KEY]):
-                return store.get(_ERROR_KEY).decode()
+                code, line = json.loads(store.get(_ERROR_KEY))
+                return int(code), str(line)
         except RuntimeError:
             return None
     return None

@@ -1,6 +1,8 @@
 """Evaluation of a committed checkpoint on held-out data."""
 
+import hashlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,26 +18,41 @@ from trainer.records import encode
 
 
 def evaluate(
-    url: str, *, split: str = "test", limit: int | None = None, batch: int = 8, step: int | None = None
+    url: str,
+    overrides: Sequence[str] = (),
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch: int = 8,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a committed checkpoint of a run in this process and writes `evaluation.json` and `evaluation.npz`.
+    """Evaluates a committed checkpoint of a run in this process and writes `evaluation.json` and `evaluation.npz`; with
+    overrides, which make it another question, `evaluation-<their hash>.json` alone.
 
     Args:
         url: of the run.
+        overrides: `data.` and `task.` keys that are other than in training: another data set, or the same at another
+            resolution (an operator has no grid of its own). Fields are normalised as in training.
         split: of its data set.
         limit: at most this many samples (None: all).
         batch: samples at once.
         step: which checkpoint (None: the last whole one).
 
     Returns:
-        {"step", "split", "samples", "metrics": {name: value}}.
+        {"step", "split", "samples", "metrics": {name: value}}, and "overrides" where there are any.
 
     Raises:
+        ConfigError: an override of something that is part of the trained network, or that does not fit it.
         CheckpointError: nothing committed to evaluate.
     """
     quiet()
     store = Store(configs.absolute_url(url))
-    config = configs.load(store.join("config.yaml"))
+    for override in overrides:
+        if not override.startswith(("data.", "task.")):
+            raise ConfigError(
+                f"{override}: an evaluation may change data.* and task.*; the network is as it was trained"
+            )
+    config = configs.load(store.join("config.yaml"), overrides)
     task, data = build(config)
     checkpoints = store.sub("checkpoints")
     step = latest(checkpoints) if step is None else step
@@ -66,6 +83,11 @@ def evaluate(
         "samples": samples,
         "metrics": {name: float(total / count) for name, (total, count) in sums.items()},
     }
+    if overrides:
+        result["overrides"] = list(overrides)
+        digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:12]
+        store.write(f"evaluation-{digest}.json", encode(result))
+        return result
     packed = io.BytesIO()
     np.savez_compressed(packed, **{name: tensor.cpu().numpy() for name, tensor in (example or {}).items()})  # type: ignore[arg-type]
     store.write("evaluation.npz", packed.getvalue())

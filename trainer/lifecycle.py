@@ -56,7 +56,20 @@ def _stillborn(store: Store) -> bool:
 
 
 def prepare_resume(url: str, overrides: list[str]) -> RunConfig:
-    """The config of a run to be continued; allowed overrides are stored back for the workers.
+    """The config of a run to be continued; allowed overrides are stored back for the workers. Raises as `resumed`."""
+    config = resumed(url, overrides)
+    if overrides:
+        store_config(url, config)
+    return config
+
+
+def store_config(url: str, config: RunConfig) -> None:
+    """Puts the config of a run that is continued at its URL."""
+    Store(configs.absolute_url(url)).write("config.yaml", configs.to_yaml(config).encode())
+
+
+def resumed(url: str, overrides: list[str]) -> RunConfig:
+    """The config of a run to be continued, with `overrides`. Writes nothing.
 
     Raises:
         ConfigError: no run there, or an override that would change what the run computes.
@@ -76,7 +89,4 @@ def prepare_resume(url: str, overrides: list[str]) -> RunConfig:
         section, _, field = key.partition(".")
         if field == "name" and isinstance(raw.get(section), dict):
             raw[section] = {}  # the settings of one variant mean nothing to another
-    config = configs.load(raw, overrides)
-    if overrides:
-        store.write("config.yaml", configs.to_yaml(config).encode())
-    return config
+    return configs.load(raw, overrides)

@@ -33,7 +33,8 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """`value` as JSON takes it: non-finite numbers as strings, arrays as lists. Raises TypeError for what JSON cannot hold."""
     if isinstance(value, float):
         return (
             value
@@ -45,11 +46,11 @@ def _strict(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch
-        return _strict(value.tolist())
+        return strict(value.tolist())
     raise TypeError(
         f"a record cannot hold {value!r} of type {type(value).__name__}; use numbers, strings, lists, dicts"
     )
@@ -67,7 +68,7 @@ def _loose(value: Any) -> Any:
 
 def encode(row: Mapping[str, Any]) -> bytes:
     """One row as one line of strict JSON with its newline. Raises TypeError for what JSON cannot hold."""
-    return json.dumps(_strict(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(strict(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(data: bytes) -> list[Row]:
@@ -80,7 +81,7 @@ class _SegmentWriter:
     """Rows in, numbered objects out, by one background thread, in order.
 
     Rows leave for the store when the oldest has waited `flush_seconds`, or at `flush`. A failed upload loses nothing:
-    its rows stay in the buffer, the error is raised by the next call of any method, and a later flush tries again.
+    its rows stay in the buffer, the error is raised by the next append, and a later flush tries again.
     """
 
     def __init__(self, store: Store, stem: str, flush_seconds: float, enabled: bool = True) -> None:
@@ -91,6 +92,7 @@ class _SegmentWriter:
         self._oldest = 0.0
         self._appended = self._written = self._sequence = 0
         self._asked = 0  # rows up to this count are to be written at once
+        self._uploads = self._failed = 0  # begun so far; the one of them that raised `_error`
         self._error: Exception | None = None
         self._closing = False
         self._wake = threading.Condition()
@@ -116,15 +118,26 @@ class _SegmentWriter:
             self._wake.notify_all()
 
     def flush(self, wait: bool = True) -> None:
-        """Sends the buffered rows. `wait`: returns only when everything appended so far is in the store."""
+        """Sends the buffered rows. `wait`: returns only when everything appended so far is in the store.
+
+        An upload that failed, or fails, but had begun before a waiting flush is not its failure: the rows are sent again.
+        """
         with self._wake:
-            self._raise()
-            self._asked = self._appended
-            self._wake.notify_all()
-            if wait:
-                target = self._appended
-                self._wake.wait_for(lambda: self._written >= target or self._error is not None)
+            if not wait:
                 self._raise()
+                self._ask()
+                return
+            target, begun = self._appended, self._uploads
+            while self._written < target:
+                self._error = None
+                self._ask()
+                self._wake.wait_for(lambda: self._written >= target or self._error is not None)
+                if self._error is not None and self._failed > begun:
+                    self._raise()
+
+    def _ask(self) -> None:
+        self._asked = self._appended
+        self._wake.notify_all()
 
     def close(self) -> None:
         """Writes what is left, ends the thread, raises the error of an upload that failed. May be called twice."""
@@ -161,12 +174,13 @@ class _SegmentWriter:
                 if self._closing:
                     return
                 lines = list(self._lines)
+                self._uploads += 1
                 path = f"{self._stem}{self._sequence:06d}.jsonl"
             try:
                 self._store.write(path, b"".join(lines))
             except Exception as error:  # the thread must live on: the error belongs to the training thread
                 with self._wake:
-                    self._error = error
+                    self._error, self._failed = error, self._uploads
                     self._wake.notify_all()
                 continue
             with self._wake:

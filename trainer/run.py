@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from datamodules.store import Store, join_url
-from modules.tasks.base import Task
 from trainer import config as configs
-from trainer import restarts, strategies
-from trainer.assembly import Parts, assemble
+from trainer import restarts, signals, status, strategies
+from trainer.assembly import Parts, assemble, mean
 from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, CheckpointError, latest, step_name, weights
@@ -32,15 +31,14 @@ from trainer.distributed import (
     posted_error,
 )
 from trainer.environment import environment
-from trainer.errors import is_user_error
-from trainer.flops import count_flops
+from trainer.errors import exit_code, is_user_error
+from trainer.outcome import FLOPS_CONVENTION, ended, faults, flops_of
 from trainer.quiet import quiet
 from trainer.records import (
     MetricsWriter,
     TraceWriter,
     next_attempt,
     read_attempts,
-    read_record,
     rewrite_attempt,
     start_attempt,
     write_record,
@@ -90,12 +88,12 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         checkpointer = _checkpointer(config, store.sub("checkpoints"))
         resume_step = checkpointer.latest() if resume else None
         if resume_step is not None and resume_step >= config.train.max_steps:
-            log.warning("the run has done its %d steps; raise train.max_steps to go on", resume_step)
-            return on_rank_zero(lambda: read_record(store))
+            return on_rank_zero(functools.partial(ended, config, store, resume_step, record))
         rollback: Rollback | None = None
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
             if not isinstance(outcome, Rollback):
+                _say_how_it_ended(store, record)
                 return outcome
             rollback = outcome
             commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
@@ -105,12 +103,16 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         # When one rank fails the others see a broken connection: the cause is what the first one left.
         line = " ".join(str(error).split())
         if is_user_error(error):
-            post_error(line)
-        record["error"] = posted_error() or f"{type(error).__name__}: {line}"
+            post_error(exit_code(error), line)
+        told = posted_error()
+        record["error"] = told[1] if told else f"{type(error).__name__}: {line}"
         if dist.get_rank() == 0:
             with contextlib.suppress(Exception):
                 write_record(store, record)
+        _say_how_it_ended(store, record)
         raise
+    finally:
+        signals.release()
 
 
 def _fit(
@@ -128,7 +130,7 @@ def _fit(
     task, data = build(config, deferred=True)
     record["run_id"] = configs.config_hash(config, data.spec()["fingerprint"])
     parameters = sum(p.numel() for p in task.network.parameters())
-    flops = _flops(task)
+    flops = flops_of(task)
     strategy = strategies.build(config, checkpointer)
     layout = strategy.layout
     data.configure(
@@ -149,6 +151,7 @@ def _fit(
         info |= {"restart": restarts.count(), "cause": restarts.cause()}
     attempt = on_rank_zero(lambda: start_attempt(store, info))
     checkpointer.fence = lambda: _refuse_if_replaced(store, attempt)
+    checkpointer.writer = attempt
     if rank == 0:
         # A checkpoint found corrupt while it is read is fallen back from; readers of the metrics must know.
         strategy.on_loaded = lambda step: rewrite_attempt(store, attempt, {**info, "resumed_from": step})
@@ -165,7 +168,6 @@ def _fit(
             task=task,
             data=data,
             attempt=attempt,
-            resume_step=resume_step,
             flops=flops,
             writer=writer,
             trace=trace,
@@ -180,6 +182,7 @@ def _fit(
         trainer.fit(task, datamodule=data, ckpt_path=path)
     finally:
         with contextlib.ExitStack() as stack:  # each is closed even if another fails
+            stack.callback(watch.heartbeat.stop)
             stack.callback(writer.close)
             if trace is not None:
                 stack.callback(trace.close)
@@ -187,26 +190,31 @@ def _fit(
         return recovery.rollback
     steps = trainer.global_step
     samples = steps * config.train.global_batch
-    status = "ok"
+    ending = "ok"
     if not recovery.healthy:
-        status = "diverged"
+        ending = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
-        status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        ending = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        if on_rank_zero(lambda: status.requested(store)):
+            ending = "cancelled"
+    elif watch.pruning is not None and watch.pruning.why:
+        ending = "pruned"
     record |= {
-        "status": status,
+        "status": ending,
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
         "diverged_step": recovery.step,
+        **({"pruned": watch.pruning.why} if watch.pruning is not None and watch.pruning.why else {}),
         "parameters": parameters,
         "flops": None if flops is None else flops * samples,
-        "flops_convention": "counted forward+backward: matmul, conv, dense attention, FFT 5 n log2 n",
+        "flops_convention": FLOPS_CONVENTION,
         "attempts": attempt,
         "retries": attempt - 1,
-        "faults": on_rank_zero(lambda: _faults(store)),
+        "faults": on_rank_zero(lambda: faults(read_attempts(store))),
         "attempt_seconds": time.time() - started,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "loss": sum(losses) / len(losses) if losses else None,
+        "loss": mean(losses),
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
@@ -214,6 +222,12 @@ def _fit(
     }
     on_rank_zero(lambda: write_record(store, record))
     return record
+
+
+def _say_how_it_ended(store: Store, record: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # the record says it, too
+            status.ended(store, record)
 
 
 def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -273,24 +287,6 @@ def _refuse_if_replaced(store: Store, attempt: int) -> None:
             f"attempt {newest} of the run at {store.url} has started; this one, attempt {attempt}, stops: "
             "only one may write"
         )
-
-
-def _faults(store: Store) -> list[dict[str, Any]]:
-    """What made attempts necessary, so far as the run or its launcher know."""
-    names = ("attempt", "resumed_from", "cause", "rollback")
-    return [
-        {name: row[name] for name in names if name in row}
-        for row in read_attempts(store)
-        if "rollback" in row or "restart" in row
-    ]
-
-
-def _flops(task: Task) -> int | None:
-    try:
-        return count_flops(task, 1)
-    except RuntimeError as error:
-        log.warning("%s; the run goes on without FLOP figures", error)
-        return None
 
 
 def _newest(checkpoints: Store) -> str | None:

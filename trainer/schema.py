@@ -155,7 +155,8 @@ class RecoveryConfig:
     diverged. `parity_every`: steps between checks that replicas hold the same parameters (0: never).
     `init_timeout_seconds` until the first step is done, and for a save; `step_timeout_seconds` for anything else that
     takes longer ends the process, with the stacks of all ranks in the store (0: no watchdog). `max_restarts`: how often
-    the launcher starts the processes again, from the last commit, after one was killed, hung or crashed.
+    the launcher starts the processes again, from the last commit, after one was killed, hung, crashed or lost the store,
+    without a new commit in between: each one gives the full number back.
     """
 
     nonfinite: str = "stop"

@@ -22,7 +22,8 @@ def register(commands: Any) -> None:
             "Starts the run that CONFIG describes, at the config's `url`, on resources.processes_per_node workers.\n"
             "Refused when that URL already holds a run, unless that one failed before its first checkpoint. Inside torchrun (WORLD_SIZE is\n"
             "set) this process is the worker itself.\n"
-            "exit code: 0 done (also when the run diverged: see its record), 2 your error, 75 preempted after a save."
+            "exit code: 0 done (also when the run diverged: see its record), 2 your error, 69 the store is away,\n"
+            "75 preempted after a save."
         ),
         example="keel train configs/runs/demo_fno.yaml url=runs/demo_fno train.max_steps=200",
     )
@@ -56,14 +57,21 @@ def register(commands: Any) -> None:
         "evaluate",
         evaluate,
         help="evaluate a run's last checkpoint on held-out data",
-        description="Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json.",
-        example="keel evaluate runs/demo_fno --split test",
+        description=(
+            "Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json. With changes to\n"
+            "data.* or task.*, such as another data set or a finer grid, the result is a file of its own beside it."
+        ),
+        example=(
+            "keel evaluate runs/demo_fno --split test\n"
+            "keel evaluate runs/demo_fno data.url=runs/data/ns_128 task.space=[128,128]"
+        ),
     )
     add_url(parser)
     parser.add_argument("--split", default="test", help="split of the data set (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples at once (default: 8)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the last whole one)")
+    add_overrides(parser, "the data and the task")
 
     parser = add_command(
         commands,
@@ -84,10 +92,12 @@ def train(args: argparse.Namespace) -> int:
     from trainer.config import load
     from trainer.lifecycle import prepare_new
 
+    _heed_signals()
     config = load(args.config, args.overrides)
     refuse_many_machines(config)
     if not _is_worker():
         prepare_new(config)
+        clear(config.url)
         return start(config, resume=False)
     # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
     from trainer.build import accelerator_name
@@ -98,11 +108,13 @@ def train(args: argparse.Namespace) -> int:
         return start(config, resume=True)
     init_process_group(accelerator_name(config.resources.accelerator), config.strategy.timeout_seconds)
     on_rank_zero(lambda: prepare_new(config))
+    on_rank_zero(lambda: clear(config.url))
     return start(config, resume=False)
 
 
 def resume(args: argparse.Namespace) -> int:
     from trainer.lifecycle import prepare_resume
+    from trainer.restarts import count
 
     if args.on:
         from cluster.commands.submit import resume_on
@@ -110,8 +122,11 @@ def resume(args: argparse.Namespace) -> int:
         return resume_on(args)
     if args.dry_run or args.detach:
         raise ValueError("--dry-run and --detach need --on, which says where the job would run")
+    _heed_signals()
     config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
+    if not _is_worker() or (os.environ.get("RANK") == "0" and not count()):
+        clear(config.url)
     return start(config, resume=True)
 
 
@@ -121,7 +136,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     store = open_run(args.url)
 
-    result = run_evaluation(store.url, split=args.split, limit=args.limit, batch=args.batch, step=args.step)
+    result = run_evaluation(
+        store.url, args.overrides, split=args.split, limit=args.limit, batch=args.batch, step=args.step
+    )
     scalars = {key: value for key, value in flatten(result["metrics"]).items() if "@" not in key}
     print(f"step {result['step']}, {result['samples']} samples of split {args.split}")
     print_table(["metric", args.split], list(scalars.items()))
@@ -150,6 +167,13 @@ def refuse_many_machines(config: RunConfig) -> None:
         )
 
 
+def clear(url: str) -> None:
+    """Removes what an earlier start of the run said of itself, and a request to end it."""
+    from datamodules.store import Store
+
+    Store(url).delete_tree("status")
+
+
 def start(config: RunConfig, *, resume: bool) -> int:
     """Runs the workers of `config` to their end and says how the run ended; returns the job's exit code."""
     if _is_worker():
@@ -157,8 +181,13 @@ def start(config: RunConfig, *, resume: bool) -> int:
         from trainer.run import fit
 
         return exit_code(fit(config, resume=resume))
-    from cluster.launch import Job, launch
+    from cluster.launch import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, Job, launch
+    from cluster.launch.budget import newest_commit
+    from cluster.launch.node_watch import NodeWatch
+    from datamodules.store import Store
+    from trainer.status import period
 
+    watch = NodeWatch(Store(config.url), 0, None, period(), together=False)
     resources = config.resources
     arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
     job = Job(
@@ -166,19 +195,36 @@ def start(config: RunConfig, *, resume: bool) -> int:
         processes=resources.processes_per_node,
         threads=resources.threads,
         max_restarts=config.recovery.max_restarts,
+        progress=lambda: newest_commit(config.url),
+        observer=watch,
     )
-    code = launch(job)
-    if code in (0, 75, 130):
+    watch.open()
+    code, reason = 1, "the launcher failed"
+    try:
+        code = launch(job)
+        reason = watch.reason(code)
+    except SystemExit as ended:  # by a signal while no worker ran
+        code = int(str(ended.code))
+        reason = watch.reason(code)
+        raise
+    finally:
+        watch.close(code, reason)
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_INTERRUPTED):
         print(outcome(config.url), flush=True)
     return code
 
 
 def outcome(url: str) -> str:
     """The end of a run in one line, from its record."""
-    from datamodules.store import Store
+    from datamodules.store import NotFound, Store
     from trainer.records import read_record
 
-    record = read_record(Store(url))
+    try:
+        record = read_record(Store(url))
+    except NotFound:
+        record = {}
+    if "steps" not in record:
+        return f"{url}: ended before its first step, continue with: keel resume {url}"
     parts = [f"{record['status']} after {record['steps']} steps"]
     if record["loss"] is not None:
         parts.append(f"loss {record['loss']:.4g}")
@@ -189,9 +235,21 @@ def outcome(url: str) -> str:
         )
     if record["status"] == "diverged":
         parts.append(f"diverged at step {record['diverged_step']}")
-    if record["status"] in ("preempted", "interrupted"):
+    if record["status"] in ("preempted", "interrupted", "cancelled"):
         parts.append(f"continue with: keel resume {url}")
     return f"{url}: {', '.join(parts)}"
+
+
+def _heed_signals() -> None:
+    """Signals that come before there is anything to be saved."""
+    if _is_worker():
+        from trainer import signals
+
+        signals.leave_at_once()
+    else:
+        from cluster.launch import requeue_on_signal
+
+        requeue_on_signal()
 
 
 def _is_worker() -> bool:

@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.common import add_command, add_overrides
-from cluster.commands.run import outcome
+from cluster.commands.run import clear, outcome
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
@@ -33,18 +34,21 @@ def register(commands: Any) -> None:
             "at the run's URL.\n\n"
             "KEY=VALUE changes the run's config, or the job: nodes, max_nodes, processes (per node), accelerators, cpus,\n"
             "memory_gib, time, retries, requeue, image, after (ids of jobs), array (number of tasks, each with {index} in\n"
-            "its settings), or the backend's own section, such as slurm.partition."
+            "its settings), or FILE, such as slurm.partition or code.how.\n\n"
+            "For Kubernetes the manifest is printed, for kubectl apply -f -, unless --apply gives it to kubectl at once."
         ),
         example=(
             "keel submit configs/runs/demo_fno.yaml --on configs/clusters/laptop.yaml url=runs/fno processes=2\n"
             "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml url=s3://bucket/fno nodes=8 time=4h\n"
-            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml array=4 url='s3://bucket/fno-{index}' seed='{index}'"
+            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml array=4 url='s3://bucket/fno-{index}' seed='{index}'\n"
+            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/kubernetes.yaml url=s3://bucket/fno nodes=2 --apply"
         ),
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a run: a path or any fsspec URL")
     parser.add_argument("--on", metavar="FILE", required=True, help="YAML file of a cluster: a path or any fsspec URL")
     parser.add_argument("--dry-run", action="store_true", help="only print exactly what would be submitted")
     parser.add_argument("--detach", action="store_true", help="on this machine: return at once (clusters always do)")
+    parser.add_argument("--apply", action="store_true", help="on Kubernetes: give the manifest to kubectl")
     add_overrides(parser, "the run's config or the job")
 
 
@@ -55,6 +59,10 @@ def submit(args: argparse.Namespace) -> int:
 
     on_run, on_cluster, own = split(args.overrides, args.on)
     cluster = load(args.on, on_cluster)
+    if args.apply:
+        if cluster.backend != "kubernetes":
+            raise configs.ConfigError(f"--apply has no effect with backend={cluster.backend}; drop it")
+        cluster.options.apply = True
     raw = configs.read_yaml(args.config)
     array = _array(own)
     url = next((o.partition("=")[2] for o in reversed(on_run) if o.startswith("url=")), str(raw.get("url", "")))
@@ -77,23 +85,30 @@ def submit(args: argparse.Namespace) -> int:
 def resume_on(args: argparse.Namespace) -> int:
     """`keel resume URL --on FILE`."""
     from cluster.launch.cluster_config import load
-    from cluster.launch.job import read_job
+    from cluster.watch.ask import ask
     from datamodules.store import Store
     from trainer import config as configs
-    from trainer.lifecycle import prepare_resume
+    from trainer.lifecycle import resumed
 
     on_run, on_cluster, own = split(args.overrides, args.on)
     if "array" in own:
         raise configs.ConfigError("array has no effect on resume: each task is a run of its own with its own URL")
     cluster = load(args.on, on_cluster)
     store = Store(configs.absolute_url(args.url))
-    job = read_job(store)
-    if job is not None and (state := job.open().state(job.job_id)) in ("queued", "running"):
-        raise ValueError(f"job {job.job_id} of this run is {state} on {job.backend}; `keel cancel {args.url}` ends it")
+    _, verdict, job = ask(store)
+    if job is not None and job["state"] in ("queued", "running"):
+        raise ValueError(
+            f"job {job['id']} of this run is {job['state']} on {job['backend']}; `keel cancel {args.url}` ends it"
+        )
+    if job is not None and job["state"] is None and not verdict.over and verdict.state != "queued":
+        raise ValueError(
+            f"the run is {verdict.state} as job {job['id']} on {job['backend']}, which cannot be asked from here "
+            f"({job['error']}); `keel cancel {args.url}` ends it"
+        )
     raw = configs.read_yaml(store.join("config.yaml")) if store.exists("config.yaml") else {}
     nodes, processes = _shape(cluster, raw, on_run)
     changes = [*on_run, f"resources.nodes={nodes}", f"resources.processes_per_node={processes}"]
-    config = prepare_resume(args.url, changes)
+    config = resumed(args.url, changes)
     return _send(
         args, [_checked(configs.to_dict(config), [], (nodes, processes), cluster)], cluster, store.url, own, False
     )
@@ -102,9 +117,10 @@ def resume_on(args: argparse.Namespace) -> int:
 def split(overrides: Sequence[str], on: str) -> tuple[list[str], list[str], dict[str, str]]:
     """Overrides of (the run's config, the cluster's config, the job alone)."""
     from cluster.launch import BACKENDS
-    from cluster.launch.cluster_config import JobDefaults
+    from cluster.launch.cluster_config import ClusterConfig, JobDefaults
 
     defaults = {f.name for f in dataclasses.fields(JobDefaults)}
+    sections = {f.name for f in dataclasses.fields(ClusterConfig)} - {"backend", "options"} | BACKENDS.keys()
     run, cluster, own = [], [], {}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -112,7 +128,7 @@ def split(overrides: Sequence[str], on: str) -> tuple[list[str], list[str], dict
             own[key] = value
         elif key in defaults:
             cluster.append(f"job.{override}")
-        elif key.partition(".")[0] in BACKENDS:
+        elif key.partition(".")[0] in sections:
             cluster.append(override)
         else:
             run.append(override)
@@ -174,10 +190,11 @@ def _send(
     from cluster.launch.cluster_config import environment, seconds
     from cluster.launch.code import code_spec, ship
     from cluster.launch.job import write_job
+    from cluster.launch.kubernetes import Kubernetes, name_of
     from cluster.launch.local_backend import Local
     from cluster.launch.spec import JobSpec, passed
     from datamodules.store import NotFound, Store
-    from trainer.lifecycle import prepare_new
+    from trainer.lifecycle import prepare_new, store_config
 
     config, job = tasks[0], cluster.job
     code, data = code_spec(cluster, url)
@@ -207,7 +224,9 @@ def _send(
         print(rendered, end="" if rendered.endswith("\n") else "\n")
         return 0
     passed(spec, os.environ)
-    backend.check(spec)
+    by_hand = isinstance(backend, Kubernetes) and not backend.options.apply
+    if not by_hand:
+        backend.check(spec)
     foreground = isinstance(backend, Local) and not (args.detach or backend.options.detach)
     begun: list[Store] = []
     try:
@@ -215,14 +234,26 @@ def _send(
             if fresh:
                 prepare_new(task)
                 begun.append(Store(task.url))
-            Store(task.url).delete_tree("status")  # of an earlier job
+            else:
+                store_config(url, task)
+            clear(task.url)
         ship(code, data)
-        job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
+        if by_hand:
+            job_id = name_of(spec)
+        else:
+            job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
     except BaseException:
         for store in begun:  # so that the same command works once the mistake is mended
             store.delete("config.yaml")
         raise
     write_job(spec, cluster, job_id)
+    if by_hand:
+        print(rendered, end="")
+        print(
+            f"keel: job {job_id} is ready but not queued: give what is printed to kubectl apply -f -, or use --apply",
+            file=sys.stderr,
+        )
+        return 0
     size = f"{spec.array} tasks of " if spec.array else ""
     print(f"job {job_id} on {cluster.backend}: {size}{spec.nodes} x {spec.processes} processes, run {url}", flush=True)
     if not (isinstance(backend, Local) and foreground):

@@ -5,23 +5,28 @@
 
 Every backend starts `python -m cluster.launch.node` once per node; that calls `launch`, which starts `job.processes`
 workers `python -m <args>`, forwards SIGTERM and SIGINT to them, and returns one exit code for the job (`EXIT_*`).
-Workers that were killed, hung or crashed are started again, `job.max_restarts` times; they find the number and the cause
-in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds `PARENT_PID` in its environment ties its life to
-that process.
+Workers that were killed, hung, crashed or lost their store are started again, `job.max_restarts` times without progress in
+between; they find the number and the cause in their environment (`RESTARTS`, `RESTART_CAUSE`). A worker that finds
+`PARENT_PID` in its environment ties its life to that process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
+EXIT_UNAVAILABLE = 69  # the store did not answer in time: a later start may succeed
 EXIT_HANG = 76  # the watchdog ended the process
 EXIT_LOST = 74  # the nodes did not meet, or lost each other
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
+EXIT_INTERRUPTED = 130  # interrupted or cancelled after a save: nobody wants it started again
 
 PARENT_PID = "KEEL_PARENT_PID"
 WORKER_LOGS = "KEEL_WORKER_LOGS"  # folder of rank-<r>.log: where workers write when the job has an observer
@@ -30,6 +35,8 @@ RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 # Name -> "module:Class" (see `cluster.launch.base.Backend`).
 BACKENDS = {
     "local": "cluster.launch.local_backend:Local",
+    "kubernetes": "cluster.launch.kubernetes:Kubernetes",
+    "ray": "cluster.launch.ray:Ray",
     "slurm": "cluster.launch.slurm:Slurm",
 }
 
@@ -67,7 +74,9 @@ class Start:
 
 
 class Observer:
-    """What a node does beside its workers. Workers of an observed job write to files, below the folder `WORKER_LOGS`."""
+    """What a node does beside its workers. With `logs`, workers write to files, below the folder `WORKER_LOGS`."""
+
+    logs = True
 
     def attempt(self) -> int:
         """The number that the next start of the run will have, as this node knows it."""
@@ -78,7 +87,7 @@ class Observer:
         return {}
 
     def starting(self, start: Start) -> Mapping[str, str]:
-        """Called before each start of the workers; returns variables for their environment, `WORKER_LOGS` among them."""
+        """Called before each start of the workers; returns variables for their environment: `WORKER_LOGS`, with `logs`."""
         return {}
 
     def stopped(self, cause: str) -> None:
@@ -96,11 +105,13 @@ class Job:
         env: added to the workers' environment.
         timeout_s: after this long the workers get SIGTERM, and `grace_s` later SIGKILL; None = no limit.
         grace_s: how long workers may take to save after a signal.
-        max_restarts: how often workers are started again after one of them failed. Bad input, a requeue and an interrupt
-            are no failures of that kind, and after a signal to the job nothing is started again.
-        restart_wait_s: pause before the first restart; it doubles with each, up to a minute.
+        max_restarts: how often workers are started again after one of them failed, without progress in between. Bad input,
+            a requeue and an interrupt are no failures of that kind, and after a signal to the job nothing is started again.
+        progress: a number that grows with the progress of the job, such as the step of its newest commit; asked after a
+            failure. An OSError tells nothing.
+        restart_wait_s: pause before the first restart; it doubles with each without progress, up to a minute.
         group: the other nodes of the job; None when there is only this one.
-        observer: learns of each start; with one, all workers write to files instead of this terminal.
+        observer: learns of each start, and may have all workers write to files instead of this terminal.
     """
 
     args: tuple[str, ...]
@@ -110,6 +121,7 @@ class Job:
     timeout_s: float | None = None
     grace_s: float = 300.0
     max_restarts: int = 0
+    progress: Callable[[], int] = lambda: 0
     restart_wait_s: float = 0.5
     group: Group | None = None
     observer: Observer | None = None
@@ -125,6 +137,11 @@ class Job:
             raise ValueError(f"max_restarts={self.max_restarts}: must be at least 0")
 
     @property
+    def logged(self) -> bool:
+        """Whether the workers write to files of the observer."""
+        return self.observer is not None and self.observer.logs
+
+    @property
     def threads_per_process(self) -> int:
         """The resolved OMP_NUM_THREADS of each worker."""
         inherited = os.environ.get("OMP_NUM_THREADS", "")
@@ -138,6 +155,14 @@ class Job:
 def available_cores() -> int:
     """The cores that this process may use (an affinity mask counts, unlike in `os.cpu_count`)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def requeue_on_signal() -> None:
+    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda number, frame: sys.exit(EXIT_REQUEUE))
 
 
 def launch(job: Job) -> int:

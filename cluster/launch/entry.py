@@ -10,6 +10,7 @@ Backends tell the node where it stands by its environment, so that the command i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.launch.spec import JobSpec
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
 NODE, RENDEZVOUS, JOB_ID, ARRAY_INDEX = "KEEL_NODE", "KEEL_RENDEZVOUS", "KEEL_JOB", "KEEL_ARRAY_INDEX"
 CODE_CACHE = "KEEL_CODE_CACHE"  # folder for unpacked snapshots; default: in the folder for temporary files
+_NODE = "cluster.launch.node"
 
 # Runs on a node where Keel may not be installed, only what it needs (fsspec, and s3fs for s3://). The archive is checked,
 # unpacked under its own digest, moved into place at once, and the node starts from there.
 BOOTSTRAP = """\
-import hashlib, io, os, shutil, sys, tarfile, tempfile, time
+import hashlib, io, os, shutil, signal, sys, tarfile, tempfile, time
+for told in (signal.SIGTERM, signal.SIGUSR1):  # nothing is lost, and as process 1 it would hear nothing
+    signal.signal(told, lambda *_: sys.exit(75))
 url, digest, args = sys.argv[1], sys.argv[2], sys.argv[3:]
 home = os.environ.get("KEEL_CODE_CACHE") or os.path.join(tempfile.gettempdir(), "keel-code-%d" % os.getuid())
 code = os.path.join(home, digest)
@@ -45,8 +49,9 @@ for attempt in range(5):
         except OSError:
             shutil.rmtree(part)
     except Exception as error:
-        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
-            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, type(error).__name__, error))
+        kind = type(error).__name__
+        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)) or "Credentials" in kind:
+            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, kind, error))
         time.sleep(2 ** attempt)
 if os.stat(home).st_uid != os.getuid():
     sys.exit("keel: error: %s belongs to somebody else; set KEEL_CODE_CACHE" % home)
@@ -55,8 +60,11 @@ os.execv(sys.executable, [sys.executable, "-P", "-m", "cluster.launch.node", *ar
 """
 
 
-def node_command(spec: JobSpec, cluster: ClusterConfig, *, python: str = "") -> list[str]:
-    """The command line of one node, the same on all: words, not yet quoted for a shell.
+def node_command(
+    spec: JobSpec, cluster: ClusterConfig, *, python: str = "", time_limit_s: float | None = None
+) -> list[str]:
+    """The command line of one node, the same on all: words, not yet quoted for a shell. `time_limit_s`: after this long the
+    node itself tells its workers to save and end, where the backend does not.
 
     With `code.how=path` it needs PYTHONPATH to begin with `code.where` (see `node_environment`).
     """
@@ -65,13 +73,19 @@ def node_command(spec: JobSpec, cluster: ClusterConfig, *, python: str = "") -> 
     arguments = ["--run", spec.run_url, "--nodes", nodes, "--processes", str(spec.processes)]
     arguments += ["--restarts", str(spec.retries), "--heartbeat", f"{cluster.heartbeat_s:g}"]
     arguments += ["--grace", f"{cluster.grace_s:g}"]
+    arguments += [] if time_limit_s is None else ["--time-limit", f"{time_limit_s:g}"]
     if spec.nodes > 1 or spec.max_nodes > 1:
         rendezvous = cluster.rendezvous
         arguments += ["--join-timeout", f"{rendezvous.join_timeout_s:g}", "--lost", f"{rendezvous.lost_s:g}"]
-    arguments += ["--", *spec.command]
+    return module_command(spec, interpreter, _NODE, [*arguments, "--", *spec.command])
+
+
+def module_command(spec: JobSpec, interpreter: str, module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of a module of Keel, with the code from where the spec says."""
     if spec.code.how == "snapshot":
-        return [interpreter, "-P", "-c", BOOTSTRAP, spec.code.where, spec.code.digest, *arguments]
-    return [interpreter, "-P", "-m", "cluster.launch.node", *arguments]
+        bootstrap = BOOTSTRAP.replace(_NODE, module)
+        return [interpreter, "-P", "-c", bootstrap, spec.code.where, spec.code.digest, *arguments]
+    return [interpreter, "-P", "-m", module, *arguments]
 
 
 def node_environment(spec: JobSpec) -> dict[str, str]:

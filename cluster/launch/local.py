@@ -28,9 +28,11 @@ from typing import Any
 
 from cluster.launch import (
     EXIT_HANG,
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
+    EXIT_UNAVAILABLE,
     EXIT_USER_ERROR,
     PARENT_PID,
     RESTART_CAUSE,
@@ -39,6 +41,7 @@ from cluster.launch import (
     Job,
     Start,
 )
+from cluster.launch.budget import Budget
 
 # Without the current folder on the path: a user's own `trainer.py` there is not Keel's.
 _MODULE = ("-P", "-m")
@@ -46,8 +49,10 @@ _MODULE = ("-P", "-m")
 _TO_FILE = ("/bin/sh", "-c", f'exec "$0" "$@" >>"${WORKER_LOGS}/rank-$RANK.log" 2>&1')
 _ROOT = str(Path(__file__).resolve().parents[2])
 
-_EXIT_INTERRUPTED = 130
 _LONGEST_WAIT_S = 60.0
+_NO_LIMIT = 1 << 30  # torch's own count of restarts knows nothing of progress
+# A worker dies of these only before it has taken note of them, as the first thing that it does: nothing was lost.
+_TOO_EARLY = (-signal.SIGTERM, -signal.SIGUSR1)
 
 # Failures noticed this close together are one event: which of them is the cause is then told by their kind.
 SIMULTANEOUS_S = 2
@@ -80,7 +85,9 @@ def _launch_one(job: Job) -> int:
             code = _shell_code(raw)
             if code == EXIT_OK or not restarts.again(raw, f"the worker {_how(raw)}"):
                 break
-    if code > 128:
+    if restarts.between:
+        return EXIT_REQUEUE
+    if code > 128 and code != EXIT_INTERRUPTED:
         _say(f"the worker was killed by {_signal_name(code - 128)}")
     return code
 
@@ -119,11 +126,11 @@ def _launch_many(job: Job) -> int:
                 entrypoint=command[0],
                 args=tuple(command[1:]),
                 rdzv_handler=rendezvous,
-                max_restarts=job.max_restarts,
+                max_restarts=_NO_LIMIT,
                 monitor_interval=0.1,
                 local_addr=address,
             )
-            others = dict.fromkeys(range(1, job.processes), Std.ALL) if job.observer is None else Std.NONE
+            others = dict.fromkeys(range(1, job.processes), Std.ALL) if not job.logged else Std.NONE
             agent = Agent(
                 spec=spec,
                 logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
@@ -147,16 +154,18 @@ def _launch_many(job: Job) -> int:
                 raise meet.Lost("the connection to node 0 was lost") from None
             rendezvous.shutdown()
             break
-    written = logs if job.observer is None else os.environ[WORKER_LOGS]
+    if restarts.between:
+        failed = {0: (EXIT_REQUEUE, 0.0)}
+    written = os.environ[WORKER_LOGS] if job.logged else logs
     code = _report(failed, Path(written), restarts.count) if failed else EXIT_OK
-    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_USER_ERROR):
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR, EXIT_INTERRUPTED):
         shutil.rmtree(logs, ignore_errors=True)
     return code
 
 
 def _command(job: Job) -> list[str]:
     worker = [sys.executable, *_MODULE, *job.args]
-    return worker if job.observer is None else [*_TO_FILE, *worker]
+    return [*_TO_FILE, *worker] if job.logged else worker
 
 
 def _observe(job: Job, restarts: _Restarts, notes: list[dict[str, Any]], group: Any = None) -> None:
@@ -178,6 +187,10 @@ class _Restarts:
     count: int = 0
     cause: str = ""
     over: bool = False  # the job was told to end
+    between: bool = False  # ... while no worker ran, since one had failed before
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.job.max_restarts, self.job.progress)
 
     def note(self) -> dict[str, Any]:
         """What the other nodes should know of the restarts so far."""
@@ -192,15 +205,19 @@ class _Restarts:
         """Whether to start once more after a failure with `code`; returns when it is time to."""
         if self.job.observer is not None:
             self.job.observer.stopped(cause)
-        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, _EXIT_INTERRUPTED, -signal.SIGINT)
-        if self.over or final or self.count >= self.job.max_restarts:
+        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGINT, *_TOO_EARLY)
+        if self.over or final or not self.job.max_restarts:
             return False
-        start = time.monotonic() + min(self.job.restart_wait_s * 2**self.count, _LONGEST_WAIT_S)
+        used = self.budget.used(self.count)
+        if self.over or used >= self.job.max_restarts:
+            return False
+        start = time.monotonic() + min(self.job.restart_wait_s * 2.0**used, _LONGEST_WAIT_S)
         self.counted(cause)
-        count = f"restart {self.count} of {self.job.max_restarts}"
+        count = f"restart {used + 1} of {self.job.max_restarts} without a new commit"
         print(f"keel: warning: {cause}; starting again from the last commit ({count})", file=sys.stderr, flush=True)
         while not self.over and time.monotonic() < start:
             time.sleep(0.05)
+        self.between = self.over
         return not self.over
 
 
@@ -213,14 +230,15 @@ def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
     order in which they were noticed.
 
     When a worker dies its peers fail within moments, on a broken connection or on the agent's SIGTERM. So of those
-    noticed together a hang comes first (a stopped rank is killed after it), then a death by any other signal, then an
-    ordinary failure, then a requeue.
+    noticed together a hang comes first (a stopped rank is killed after it), then a death by any other signal, then what a
+    rank says itself: bad input, a store that is away, a requeue; then an ordinary failure.
     """
 
     def kind(code: int) -> int:
         if code < 0:
-            return 4 if code == -signal.SIGTERM else 0
-        return {EXIT_HANG: -1, EXIT_USER_ERROR: 1, EXIT_REQUEUE: 3}.get(code, 2)
+            return 5 if code == -signal.SIGTERM else 0
+        own = {EXIT_HANG: -1, EXIT_USER_ERROR: 1, EXIT_UNAVAILABLE: 2, EXIT_REQUEUE: 3, EXIT_INTERRUPTED: 3}
+        return own.get(code, 4)
 
     start = min(when for _, when in failures.values())
     early = {rank: code for rank, (code, when) in failures.items() if when - start <= SIMULTANEOUS_S}
@@ -234,12 +252,12 @@ def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0
     code = _shell_code(raw)
     found = [*logs.glob(f"rank-{rank}.log"), *logs.glob(f"*/attempt_{attempt}/{rank}/stderr.log")]
     log = found[0] if found else None
-    if code == EXIT_USER_ERROR:
-        spoken = failures.get(0, (None, 0.0))[0] == EXIT_USER_ERROR
+    if code in (EXIT_USER_ERROR, EXIT_UNAVAILABLE):
+        spoken = failures.get(0, (None, 0.0))[0] == code
         line = _last_line(log, starting="keel: error:")
         if line and not spoken:
             print(line, file=sys.stderr)
-    elif code != EXIT_REQUEUE:
+    elif code not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
         last = _last_line(log)
         _say(f"rank {rank} {_how(raw)}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
     return code
@@ -306,7 +324,8 @@ def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[_Restar
         nonlocal interrupts
         interrupts += signum == signal.SIGINT
         if not send(signal.SIGKILL if interrupts > 1 else signum):
-            raise SystemExit(128 + signum)
+            # No worker runs that could save: nothing is lost.
+            raise SystemExit(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_REQUEUE)
 
     timers: list[threading.Timer] = []
     if job.timeout_s is not None:
@@ -334,13 +353,15 @@ def _silence(name: str) -> None:
 
 
 def _shell_code(code: int) -> int:
+    if code in _TOO_EARLY:
+        return EXIT_REQUEUE
     return 128 - code if code < 0 else code
 
 
 def _how(raw: int) -> str:
     """How a process ended, by its exit code as `subprocess` gives it."""
-    if raw == EXIT_HANG:
-        return "hung"
+    if raw in (EXIT_HANG, EXIT_UNAVAILABLE):
+        return "hung" if raw == EXIT_HANG else "could not reach its store"
     return f"was killed by {_signal_name(-raw)}" if raw < 0 else f"failed with exit code {raw}"
 
 

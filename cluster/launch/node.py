@@ -3,9 +3,9 @@
     python -m cluster.launch.node --run URL --nodes 2 --processes 8 -- trainer fit URL
 
 The environment says which node this is (see `cluster.launch.entry`). A run that has a commit is continued. Exit codes: 0
-done (also when the run diverged), 2 bad input (one line on stderr), 74 the nodes did not meet or lost each other, 75
-preempted after a save (start the job again), 76 hung, 130 interrupted, any other failure; after each but 0, 2 and 130
-starting the job again may help.
+done (also when the run diverged), 2 bad input (one line on stderr), 69 the store did not answer in time, 74 the nodes did
+not meet or lost each other, 75 preempted after a save (start the job again), 76 hung, 130 interrupted or
+cancelled, any other failure; after each but 0, 2 and 130 starting the job again may help.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ import shutil
 import signal
 import sys
 import tempfile
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from cluster.launch import (
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
+    EXIT_UNAVAILABLE,
     EXIT_USER_ERROR,
     Group,
     Job,
     launch,
+    requeue_on_signal,
 )
+from cluster.launch.budget import newest_commit
 from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS
 from cluster.launch.spec import INDEX
+from trainer.restarts import HEARTBEAT
 
 if TYPE_CHECKING:
     from cluster.launch.node_watch import NodeWatch
     from datamodules.store import Store
 
-HEARTBEAT = "KEEL_HEARTBEAT_S"
-_REASONS = {
-    EXIT_OK: "done",
-    EXIT_REQUEUE: "preempted after a save",
-    130: "interrupted after a save",
-}
+_ENDS = (EXIT_OK, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_USER_ERROR)  # which the workers tell in the record, if at all
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs this node's part of the job; returns its exit code."""
     from trainer import restarts
 
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, _requeue)
+    requeue_on_signal()
     restarts.die_with_parent()
     args = _parse(argv)
     try:
         return _run(args)
     except (ValueError, OSError) as error:
+        from datamodules.store import Unreachable
+
         print(f"keel: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return EXIT_UNAVAILABLE if isinstance(error, Unreachable) else EXIT_USER_ERROR
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,7 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="workers on this node")
     parser.add_argument("--node", type=int, default=int(os.environ.get(NODE) or 0), help=f"default: ${NODE}")
     parser.add_argument("--rendezvous", default=os.environ.get(RENDEZVOUS, ""), metavar="HOST:PORT", help="of node 0")
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="how often failed workers start again")
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help="without a new commit in between")
     parser.add_argument("--resume", choices=["auto", "never"], default="auto", help="auto: when there is a commit")
     parser.add_argument("--heartbeat", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--grace", type=float, default=300.0, metavar="SECONDS", help="to save after a signal")
@@ -100,6 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         timeout_s=args.time_limit,
         grace_s=args.grace,
         max_restarts=args.restarts,
+        progress=lambda: newest_commit(url),
         group=group,
         observer=watch,
     )
@@ -113,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # little is left to do, and it matters
         watch.close(code, reason)
-        if args.node == 0 and code not in (*_REASONS, EXIT_USER_ERROR):
+        if args.node == 0 and code not in _ENDS:
             with contextlib.suppress(OSError, ValueError):
                 _record_failure(watch.store, before, reason)
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +125,7 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
     try:
         code = launch(job)
     except SystemExit as ended:  # by a signal while no worker ran
-        code = {128 + signal.SIGINT: 130}.get(int(str(ended.code)), EXIT_REQUEUE)
+        code = EXIT_INTERRUPTED if watch.cancelled else int(str(ended.code))
     except ValueError as error:
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR, str(error)
@@ -135,10 +136,7 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
             raise
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_LOST, str(error)
-    told = watch.error()
-    if code == EXIT_USER_ERROR and told:
-        return code, told
-    return code, _REASONS.get(code) or ": ".join(filter(None, [watch.cause or f"exit code {code}", told]))
+    return code, watch.reason(code)
 
 
 def _group(args: argparse.Namespace) -> Group | None:
@@ -175,10 +173,6 @@ def _record_failure(store: Store, before: bytes | None, reason: str) -> None:
         return
     known = decode(before)[-1] if before else {"url": store.url}
     write_record(store, {**known, "status": "failed", "error": reason, "attempts": len(read_attempts(store))})
-
-
-def _requeue(signum: int, _: FrameType | None) -> NoReturn:
-    sys.exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

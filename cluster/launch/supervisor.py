@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cluster.launch import EXIT_LOST, EXIT_OK, EXIT_REQUEUE, PARENT_PID, cluster_config
+from cluster.launch import EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, PARENT_PID, cluster_config
+from cluster.launch.budget import Budget, newest_commit
 from cluster.launch.entry import JOB_ID
 from cluster.launch.local_backend import CANCEL, JOB, PID, STARTED, Local, outcome, started_at
-from cluster.launch.spec import JobSpec, from_dict, passed
+from cluster.launch.spec import INDEX, JobSpec, from_dict, passed
 
 _POLL_S = 0.1
 _OTHERS_S = 30.0  # how long the other nodes may take to end by themselves when one has ended otherwise than well
@@ -34,11 +35,13 @@ class Task:
     def __init__(self, local: Local, spec: JobSpec, index: int | None, folder: Path, foreground: bool) -> None:
         self.local, self.spec, self.index, self.folder, self.foreground = local, spec, index, folder, foreground
         self.code: int | None = None
-        self._losses = 0
+        url = spec.run_url if index is None else spec.run_url.replace(INDEX, str(index))
+        self._losses, self._budget = 0, Budget(spec.retries, lambda: newest_commit(url))
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._first_end = 0.0
         self._first_code: int | None = None
         self._stopping = False  # the other nodes were told to end
+        self._cancelled = False
 
     def start(self) -> None:
         """Starts all nodes."""
@@ -76,6 +79,13 @@ class Task:
             if node.poll() is None:
                 node.send_signal(signum)
 
+    def cancelled(self) -> bool:
+        """Whether this task alone was cancelled; its nodes are told once."""
+        if not self._cancelled and (self.folder / f"{CANCEL}-{self.index}").exists():
+            self._cancelled = True
+            self.send(signal.SIGTERM)
+        return self._cancelled
+
     def poll(self, ending: bool) -> bool:
         """Whether the task is over; `code` is then its exit code. `ending`: nothing is to be started again."""
         codes = [node.poll() for node in self._nodes]
@@ -91,8 +101,11 @@ class Task:
                 self.send(signal.SIGTERM)
             return False
         code = self._first_code or EXIT_OK
-        lost = code < 0 or code == EXIT_LOST
-        if not ending and ((code == EXIT_REQUEUE and self.spec.requeue) or (lost and self._losses < self.spec.retries)):
+        lost = code < 0 or code in (EXIT_LOST, EXIT_UNAVAILABLE)
+        again = code == EXIT_REQUEUE and self.spec.requeue
+        if lost and not ending and self.spec.retries:
+            again = self._budget.used(self._losses) < self.spec.retries
+        if not ending and again:
             self._losses += lost
             self._say(f"the node ended with {code}; starting it again")
             self.start()
@@ -167,7 +180,7 @@ def _run(waiting: list[Task], running: list[Task], parallel: int, told: Callable
             running.append(waiting.pop(0))
             running[-1].start()
         for task in list(running):
-            if task.poll(told()):
+            if task.poll(told() or task.cancelled()):
                 running.remove(task)
                 ended.append(task)
         time.sleep(_POLL_S)

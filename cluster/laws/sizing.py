@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.build import measure
-from trainer.config import ConfigError, load
+from trainer.config import ConfigError, load, varied
 from trainer.schema import RunConfig
 
 
@@ -30,7 +30,7 @@ def sized(
     """A config like `base` with about `n` parameters that sees about `d(actual parameters)` tokens or samples.
 
     Width grows in whole heads where the model has heads, and depth with it, so that heads and aspect ratio stay; a model
-    without heads grows in width alone. Warm-up and decay keep their parts of the run.
+    without heads grows in width alone. Warm-up, decay and the time between validations keep their parts of the run.
 
     Args:
         base: raw config of a run.
@@ -44,17 +44,14 @@ def sized(
         ConfigError: a model without a width, or an invalid config.
     """
     start = load(base, more)
-    shape = _shape(start, n, base)
+    shape = [f"{key}={value}" for key, value in shape_of(start, n).items()]
     measured, per_sample = measure(load(base, [*shape, *more]))
     world = start.resources.world_size * (start.train.micro_batch or 1)
     given = any(word.startswith("train.global_batch=") for word in more)
     samples = start.train.global_batch if given else max(world, round(batch / world) * world)
     steps = max(1, round(d(measured) / per_sample / samples))
-    old = start.train.max_steps
-    changes = [*shape, f"train.max_steps={steps}", f"train.global_batch={samples}"]
-    changes.append(f"schedule.warmup_steps={round(start.schedule.warmup_steps / old * steps)}")
-    if start.schedule.decay_steps:
-        changes.append(f"schedule.decay_steps={max(1, round(start.schedule.decay_steps / old * steps))}")
+    length = {**proportions(start, steps), "train.global_batch": samples}
+    changes = [*shape, *(f"{key}={value}" for key, value in length.items())]
     if lr is not None:
         changes.append(f"optim.lr={lr!r}")
     config = load(base, [*changes, *more])
@@ -63,8 +60,28 @@ def sized(
     return Sized(config, measured, float(steps * samples * per_sample), steps, samples, per_sample)
 
 
-def _shape(start: RunConfig, n: float, base: Mapping[str, Any]) -> list[str]:
-    """Overrides of the model's width (heads, depth) whose parameter count is nearest to `n` in logarithm."""
+def proportions(start: RunConfig, steps: float) -> dict[str, int]:
+    """The settings of a run like `start` of about `steps` steps: warm-up, decay and the time between validations keep their
+    parts of the run, and where the last step was validated it still is."""
+    old, every = start.train.max_steps, start.train.val_every
+    count = max(1, round(steps))
+    found = {}
+    if every:
+        found["train.val_every"] = max(1, round(every / old * count))
+        if old % every == 0 and count >= old // every:
+            count = found["train.val_every"] * (old // every)
+    found |= {"train.max_steps": count, "schedule.warmup_steps": round(start.schedule.warmup_steps / old * count)}
+    if start.schedule.decay_steps:
+        found["schedule.decay_steps"] = max(1, round(start.schedule.decay_steps / old * count))
+    return found
+
+
+def shape_of(start: RunConfig, n: float) -> dict[str, int]:
+    """Width (heads, depth) of the model, by their keys, with which its parameter count is nearest to `n` in logarithm.
+
+    Raises:
+        ConfigError: a model without a width, or none that comes near.
+    """
     model = start.model
     width, heads, depth = (getattr(model, name, None) for name in ("width", "heads", "depth"))
     if not isinstance(width, int):
@@ -75,14 +92,14 @@ def _shape(start: RunConfig, n: float, base: Mapping[str, Any]) -> list[str]:
     groups = getattr(model, "kv_heads", None)
     multiple = heads // groups if isinstance(heads, int) and isinstance(groups, int) else 1
 
-    def overrides(count: int, layers: int | None) -> list[str]:
-        found = [f"model.width={count * unit}"]
+    def sizes(count: int, layers: int | None) -> dict[str, int]:
+        found = {"model.width": count * unit}
         if isinstance(heads, int):
-            found.append(f"model.heads={count}")
+            found["model.heads"] = count
             if isinstance(groups, int):
-                found.append(f"model.kv_heads={count // multiple}")
+                found["model.kv_heads"] = count // multiple
         if layers is not None:
-            found.append(f"model.depth={layers}")
+            found["model.depth"] = layers
         return found
 
     def layers_of(count: int) -> int | None:
@@ -90,18 +107,18 @@ def _shape(start: RunConfig, n: float, base: Mapping[str, Any]) -> list[str]:
             return None
         return max(1, round(depth * count / heads))
 
-    def miss(words: list[str]) -> float:
+    def miss(chosen: dict[str, int]) -> float:
         try:
-            return math.log(measure(load(base, words))[0] / n)
+            return math.log(measure(varied(start, chosen))[0] / n)
         except ConfigError:  # some part of the model has nothing left at that width
             return -math.inf
 
     low, high = 1, 1
-    while miss(overrides(high * multiple, layers_of(high * multiple))) < 0 and high < 2**20:
+    while miss(sizes(high * multiple, layers_of(high * multiple))) < 0 and high < 2**20:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        if miss(overrides(middle * multiple, layers_of(middle * multiple))) < 0:
+        if miss(sizes(middle * multiple, layers_of(middle * multiple))) < 0:
             low = middle
         else:
             high = middle
@@ -109,8 +126,8 @@ def _shape(start: RunConfig, n: float, base: Mapping[str, Any]) -> list[str]:
     for count in sorted({low * multiple, high * multiple}):
         layers = layers_of(count)
         options = [None] if layers is None else [x for x in range(layers - 2, layers + 3) if x >= 1]
-        candidates += [overrides(count, option) for option in options]
-    best = min(candidates, key=lambda words: abs(miss(words)))
+        candidates += [sizes(count, option) for option in options]
+    best = min(candidates, key=lambda chosen: abs(miss(chosen)))
     if not math.isfinite(miss(best)):
         raise ConfigError(f"no width gives {n:.3g} parameters: start from another config, with --config")
     return best

@@ -123,6 +123,39 @@ def test_a_failure_in_the_background_surfaces_at_the_next_call(store: Store) -> 
         writer.close()
 
 
+def test_a_waiting_flush_sends_again_what_an_earlier_upload_could_not(store: Store) -> None:
+    faulty = Faulty(store.url)
+    writer = MetricsWriter(faulty, 1, flush_seconds=0.01)
+    writer.append({"step": 1})
+    for _ in range(1000):  # by itself: `flush_seconds` are over
+        if not faulty.failures:
+            break
+        threading.Event().wait(0.01)
+    writer.flush()
+    assert [row["step"] for row in read_metrics(store)] == [1]
+    writer.close()
+
+
+def test_a_waiting_flush_is_not_failed_by_an_upload_that_had_begun(store: Store) -> None:
+    began, go = threading.Event(), threading.Event()
+
+    class Slow(Faulty):
+        def write(self, path: str, data: Any) -> None:
+            if not began.is_set():
+                began.set()
+                assert go.wait(60)
+            super().write(path, data)
+
+    writer = MetricsWriter(Slow(store.url), 1, flush_seconds=0.01)
+    writer.append({"step": 1})
+    assert began.wait(60)
+    waiting = threading.Timer(0.2, go.set)  # the upload fails while the flush waits
+    waiting.start()
+    writer.flush()
+    assert [row["step"] for row in read_metrics(store)] == [1]
+    writer.close()
+
+
 def _attempt(store: Store, resumed_from: int, steps: range) -> int:
     attempt = start_attempt(store, {"resumed_from": resumed_from, "host": "h"})
     with_trace = TraceWriter(store, attempt, rank=0, flush_seconds=1000)

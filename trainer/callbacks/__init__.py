@@ -9,8 +9,10 @@ Lightning calls callbacks in list order, so the order is part of the contract:
 5. `MetricsLog`      closes the step; every k steps one reduction, one transfer, rows to the writer and to listeners
 6. `Recovery`, `Preemption`  decide whether training goes on
 7. checkpointing     calls `MetricsLog.flush()` on all ranks before it commits: no row up to a committed step is lost
+   `Pruning`         asks at validations whether the run is worth going on with
 8. `Progress`        listens to the metrics log
-9. `Throughput`      last: what it sees between its two hooks is the wait for the next batch and nothing else
+9. `Heartbeat`       tells the store now and then, by a thread, where the run stands
+10. `Throughput`     last: what it sees between its two hooks is the wait for the next batch and nothing else
 
 Between its k-th steps none of them reads the device; only `Guard`, where it is on, talks to other ranks in each step.
 """

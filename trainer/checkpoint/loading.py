@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from datamodules.store import Store
+from datamodules.store import Store, Unreachable
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
-from trainer.checkpoint.staging import crc32c
 from trainer.checkpoint.storage import ShardReader, read_full
 
 
@@ -100,10 +100,10 @@ def weights_name(manifest: dict[str, Any], name: str, prefix: str) -> str:
 
 def read_state(folder: Store, manifest: dict[str, Any]) -> bytes:
     """The small state of a step, verified."""
-    raw = folder.read(manifests.STATE)
-    (entry,) = [file for file in manifest["files"] if file["path"] == manifests.STATE]
+    (entry,) = [file for file in manifest["files"] if file["path"].endswith(manifests.STATE)]
+    raw = folder.read(entry["path"])
     if len(raw) != entry["size"] or crc32c(raw) != entry["crc32c"]:
-        raise CorruptCheckpoint(f"{folder.join(manifests.STATE)} is corrupt: crc32c differs")
+        raise CorruptCheckpoint(f"{folder.join(entry['path'])} is corrupt: crc32c differs")
     return raw
 
 
@@ -138,8 +138,12 @@ def guarded(call: Callable[[], Any], what: str) -> None:
             call()
     except dcp.api.CheckpointException as error:
         causes = {str(_cause(failure)): _cause(failure) for failure in error.failures.values()}
-        corrupt = any(isinstance(cause, CorruptCheckpoint) for cause in causes.values())
-        raise (CorruptCheckpoint if corrupt else CheckpointError)(f"{what} failed: {'; '.join(causes)}") from error
+        kind: type[Exception] = CheckpointError
+        if any(isinstance(cause, CorruptCheckpoint) for cause in causes.values()):
+            kind = CorruptCheckpoint
+        elif all(isinstance(cause, Unreachable) for cause in causes.values()):
+            kind = Unreachable  # a later start may succeed
+        raise kind(f"{what} failed: {'; '.join(causes)}") from error
 
 
 def _cause(failure: Any) -> BaseException:

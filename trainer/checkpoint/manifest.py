@@ -7,33 +7,31 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
-
 from datamodules.store import NotFound, Store
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
+from trainer.commits import MARKER, committed_steps, step_name
+
+__all__ = ["MARKER", "committed_steps", "latest", "read_manifest", "step_name", "verify"]
 
 FORMAT_VERSION = 1
-MANIFEST, MARKER, STATE = "manifest.json", "COMMITTED", "state.pt"
+MANIFEST, STATE = "manifest.json", "state.pt"
 _THREADS = 16
-_STEP = re.compile(r"^step-(\d{8,})$")
+_WRITER = re.compile(r"^writer-(\d{4,})-")
 
 log = logging.getLogger("keel.checkpoint")
 
 
-def step_name(step: int) -> str:
-    """Folder of a step, such as `step-00000100`; sorts by step."""
-    return f"step-{step:08d}"
+def writer_name(writer: int) -> str:
+    """What the names of a writer's objects begin with, but for the marker: of writers that do not know of each other each
+    writes its own objects. 0: nothing, for one who is the only one."""
+    return f"writer-{writer:04d}-" if writer else ""
 
 
-def committed_steps(store: Store) -> list[int]:
-    """Steps with a marker, ascending, under the `checkpoints/` store of a run. Existence only; see `verify`."""
-    steps = set()
-    for path in store.list(""):
-        folder, _, file = path.partition("/")
-        match = _STEP.match(folder)
-        if match and file == MARKER:
-            steps.add(int(match.group(1)))
-    return sorted(steps)
+def writer_of(name: str) -> int:
+    """The writer of an object of a step's folder; 0: none is named."""
+    match = _WRITER.match(name)
+    return int(match.group(1)) if match else 0
 
 
 def read_manifest(store: Store, step: int) -> dict[str, Any]:
@@ -45,8 +43,8 @@ def read_manifest(store: Store, step: int) -> dict[str, Any]:
     folder = store.sub(step_name(step))
     try:
         marker = json.loads(folder.read(MARKER))
-        raw = folder.read(MANIFEST)
-        digest = marker["manifest_sha256"]
+        name, digest = marker.get("manifest", MANIFEST), marker["manifest_sha256"]
+        raw = folder.read(name)
     except NotFound as error:
         raise CheckpointError(f"checkpoint {folder.url} is not committed: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -54,7 +52,7 @@ def read_manifest(store: Store, step: int) -> dict[str, Any]:
             f"checkpoint {folder.url}: {MARKER} is not readable; the checkpoint is damaged"
         ) from error
     if hashlib.sha256(raw).hexdigest() != digest:
-        raise CorruptCheckpoint(f"checkpoint {folder.url}: {MANIFEST} differs from the committed one; it is damaged")
+        raise CorruptCheckpoint(f"checkpoint {folder.url}: {name} differs from the committed one; it is damaged")
     manifest = json.loads(raw)
     if manifest["format"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -83,7 +81,7 @@ def verify(store: Store, step: int, *, deep: bool = True) -> list[str]:
             size = folder.size(file["path"])
             if size != file["size"]:
                 return f"{path} has {size} bytes instead of {file['size']}"
-            if deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
+            if deep and crc32c(folder.read(file["path"])) != file["crc32c"]:
                 return f"{path} is corrupt (crc32c differs)"
         except NotFound:
             return f"{path} is missing"

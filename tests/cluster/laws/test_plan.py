@@ -54,13 +54,14 @@ def run_plan(tmp_path: Path, raw: dict[str, Any], *more: str) -> int:
 
 @pytest.mark.parametrize("kind", [fno_config, lm_config])
 def test_the_config_has_the_size_and_the_data_that_were_chosen(kind: Any, tmp_path: Path) -> None:
-    raw = kind(str(tmp_path / "old"), str(tmp_path / "data"))
+    raw = kind(str(tmp_path / "old"), str(tmp_path / "data"), val_every=8)  # of 8 steps: at the end
     assert run_plan(tmp_path, raw) == 0
     prediction = json.loads((tmp_path / "plan" / "prediction.json").read_text())
     config = load(str(tmp_path / "plan" / "run.yaml"))
     n, per_sample = measure(config)
     assert prediction["n"] == n
     assert prediction["d"] == config.train.max_steps * config.train.global_batch * per_sample
+    assert config.train.val_every == config.train.max_steps
     assert 6 * prediction["n"] * prediction["d"] == pytest.approx(2e12, rel=0.1)
     low, high = prediction["intervals"]["n"]
     assert low / 2 < n < high * 2
