@@ -21,8 +21,10 @@ _leaving = False
 
 
 def leave_at_once() -> None:
-    """Until `note`, a signal ends this process with `EXIT_PREEMPTED` (SIGINT: `EXIT_INTERRUPTED`). From the main thread."""
+    """Until `note`, a signal ends this process with `EXIT_PREEMPTED` (SIGINT: `EXIT_INTERRUPTED`)."""
     global _leaving
+    if _leaving or threading.current_thread() is not threading.main_thread():
+        return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     for signum in SIGNALS:
@@ -47,6 +49,12 @@ def note() -> None:
 def received() -> int:
     """The signal that this process was sent since `note`; 0: none."""
     return _received
+
+
+def ask() -> None:
+    """As if this process had received SIGTERM since `note`; from any thread."""
+    global _received
+    _received = _received or signal.SIGTERM
 
 
 def release() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ EXIT_UNAVAILABLE = 69  # the store did not answer in time: a later start may suc
 EXIT_HANG = 76  # the watchdog ended the process
 EXIT_LOST = 74  # the nodes did not meet, or lost each other
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
+EXIT_INTERRUPTED = 130  # interrupted or cancelled after a save: nobody wants it started again
 
 PARENT_PID = "KEEL_PARENT_PID"
 WORKER_LOGS = "KEEL_WORKER_LOGS"  # folder of rank-<r>.log: where workers write when the job has an observer
@@ -72,7 +74,9 @@ class Start:
 
 
 class Observer:
-    """What a node does beside its workers. Workers of an observed job write to files, below the folder `WORKER_LOGS`."""
+    """What a node does beside its workers. With `logs`, workers write to files, below the folder `WORKER_LOGS`."""
+
+    logs = True
 
     def attempt(self) -> int:
         """The number that the next start of the run will have, as this node knows it."""
@@ -83,7 +87,7 @@ class Observer:
         return {}
 
     def starting(self, start: Start) -> Mapping[str, str]:
-        """Called before each start of the workers; returns variables for their environment, `WORKER_LOGS` among them."""
+        """Called before each start of the workers; returns variables for their environment: `WORKER_LOGS`, with `logs`."""
         return {}
 
     def stopped(self, cause: str) -> None:
@@ -107,7 +111,7 @@ class Job:
             failure. An OSError tells nothing.
         restart_wait_s: pause before the first restart; it doubles with each without progress, up to a minute.
         group: the other nodes of the job; None when there is only this one.
-        observer: learns of each start; with one, all workers write to files instead of this terminal.
+        observer: learns of each start, and may have all workers write to files instead of this terminal.
     """
 
     args: tuple[str, ...]
@@ -133,6 +137,11 @@ class Job:
             raise ValueError(f"max_restarts={self.max_restarts}: must be at least 0")
 
     @property
+    def logged(self) -> bool:
+        """Whether the workers write to files of the observer."""
+        return self.observer is not None and self.observer.logs
+
+    @property
     def threads_per_process(self) -> int:
         """The resolved OMP_NUM_THREADS of each worker."""
         inherited = os.environ.get("OMP_NUM_THREADS", "")
@@ -149,7 +158,9 @@ def available_cores() -> int:
 
 
 def requeue_on_signal() -> None:
-    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost. From the main thread."""
+    """Until workers run, SIGTERM and SIGUSR1 end this process with the requeue code: nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda number, frame: sys.exit(EXIT_REQUEUE))
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -52,11 +53,14 @@ def pack(root: Path = ROOT) -> bytes:
     """The files below `root` that git knows or does not ignore, as they are now, as a tar.gz; equal trees give equal bytes.
 
     Raises:
-        ValueError: `root` is no git checkout, or holds too much.
+        ValueError: `root` is no git checkout, holds too much, or a link that leads out of it.
     """
     from trainer.environment import SNAPSHOT, revision
 
     names = _files(root)
+    for name in names:
+        if (root / name).is_symlink():
+            _inside(name, os.readlink(root / name))
     sizes = {name: (root / name).lstat().st_size for name in names}
     if sum(sizes.values()) > _MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
@@ -86,6 +90,11 @@ def _files(root: Path) -> list[str]:
         ) from error
     names = sorted(set(listed.decode().split("\0")) - {""})
     return [name for name in names if (root / name).is_symlink() or (root / name).is_file()]
+
+
+def _inside(name: str, target: str) -> None:
+    if os.path.isabs(target) or os.path.normpath(os.path.join(os.path.dirname(name), target)).startswith(".."):
+        raise ValueError(f"{name} is a link to {target}, which no node has: add it to .gitignore, or set code.how=path")
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -25,7 +25,9 @@ _NODE = "cluster.launch.node"
 # Runs on a node where Keel may not be installed, only what it needs (fsspec, and s3fs for s3://). The archive is checked,
 # unpacked under its own digest, moved into place at once, and the node starts from there.
 BOOTSTRAP = """\
-import hashlib, io, os, shutil, sys, tarfile, tempfile, time
+import hashlib, io, os, shutil, signal, sys, tarfile, tempfile, time
+for told in (signal.SIGTERM, signal.SIGUSR1):  # nothing is lost, and as process 1 it would hear nothing
+    signal.signal(told, lambda *_: sys.exit(75))
 url, digest, args = sys.argv[1], sys.argv[2], sys.argv[3:]
 home = os.environ.get("KEEL_CODE_CACHE") or os.path.join(tempfile.gettempdir(), "keel-code-%d" % os.getuid())
 code = os.path.join(home, digest)
@@ -47,8 +49,9 @@ for attempt in range(5):
         except OSError:
             shutil.rmtree(part)
     except Exception as error:
-        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
-            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, type(error).__name__, error))
+        kind = type(error).__name__
+        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)) or "Credentials" in kind:
+            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, kind, error))
         time.sleep(2 ** attempt)
 if os.stat(home).st_uid != os.getuid():
     sys.exit("keel: error: %s belongs to somebody else; set KEEL_CODE_CACHE" % home)

@@ -54,7 +54,8 @@ def rendezvous(group: Group | None) -> tuple[RendezvousHandler, str]:
         )
         return get_rendezvous_handler(alone), "127.0.0.1"
     interval = max(1, round(group.lost_s / 3))
-    deadline = time.monotonic() + (group.join_timeout_s if group.node else _BIND_S)
+    named_by = time.monotonic() + group.join_timeout_s
+    deadline = named_by if group.node else time.monotonic() + _BIND_S
     while True:
         try:
             address = local_address(group.endpoint)
@@ -76,7 +77,12 @@ def rendezvous(group: Group | None) -> tuple[RendezvousHandler, str]:
             )
             return get_rendezvous_handler(settings), address
         except (RendezvousConnectionError, OSError) as error:
+            nameless = isinstance(error, socket.gaierror)
+            if nameless and time.monotonic() < named_by:  # a pod runs before its name is known, also to itself
+                deadline = max(deadline, time.monotonic() + _BIND_S)
             if time.monotonic() > deadline:
+                if group.node == 0 and nameless:
+                    raise Lost(f"node 0 does not find its own name, {group.endpoint} ({_reason(error)})") from error
                 if group.node == 0:
                     raise Lost(
                         f"node 0 cannot listen on {group.endpoint}: the port is taken; set another one"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ CONTAINERS = ("none", "pyxis", "apptainer")
 
 # What a batch script needs of a login shell, modules included. The rest of it would make a job depend on who submits.
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "SLURM_CONF", "MODULEPATH", "MODULESHOME", "LOADEDMODULES")
+_FOUND_ANYWHERE = re.compile(r"/|[a-z]+:")  # an absolute path, or a registry's docker://...
 _KEPT_PREFIXES = ("LMOD_", "BASH_FUNC_")
 
 
@@ -56,7 +58,7 @@ class SlurmConfig:
         exclusive: whole nodes.
         container: how `image` is run: `none`, `pyxis` (srun --container-image) or `apptainer`. Each node's `setup` lines
             run inside the container with pyxis, and before it with apptainer.
-        mounts: `host:container` folders for it.
+        mounts: `host:container` folders for it, besides that of the code with `code.how=path`.
         logs: a folder that exists on every node, shared or not. It gets keel-JOB.log (the script) and keel-JOB-nodeN.log.
         signal_s: so long before the time limit the run is told to save (0: the cluster's `grace_s`). Slurm looks only every
             30 s, and may tell it half a minute earlier.
@@ -126,6 +128,9 @@ class Slurm:
         passed(spec, os.environ)
         if spec.image.startswith("/") and os.path.isdir(os.path.dirname(spec.image)) and not os.path.exists(spec.image):
             raise ValueError(f"image={spec.image}: no such file")
+        for job in spec.after:  # one that it does not know Slurm takes for one that ended well
+            if slurm_client.state(job) == "unknown":
+                raise ValueError(f"after={job}: Slurm knows no such job (any more); drop it if that has ended well")
         for group in self._groups(spec):
             slurm_client.check_nodes(
                 group.partition,
@@ -173,6 +178,8 @@ class Slurm:
             )
         if options.container != "none" and not spec.image:
             raise ValueError(f"slurm.container={options.container} needs image=..., the image to run")
+        if spec.image.startswith(".") or (options.container == "apptainer" and not _FOUND_ANYWHERE.match(spec.image)):
+            raise ValueError(f"image={spec.image}: a file needs its absolute path, since nodes start elsewhere")
         if options.groups:
             total = sum(group.nodes for group in options.groups)
             if total != spec.nodes:
@@ -258,11 +265,12 @@ class Slurm:
         # A node that has ended may not take the others with it: one of them may still be committing.
         words += ["--kill-on-bad-exit=0", f"--wait={math.ceil(self.cluster.grace_s)}"]
         inner: list[str] = []
+        shared = [f"{spec.code.where}:{spec.code.where}"] if spec.code.how == "path" else []
         if options.container == "pyxis":
-            mounts = ",".join([f"{options.logs}:{options.logs}", *options.mounts])
+            mounts = ",".join([f"{options.logs}:{options.logs}", *shared, *options.mounts])
             words += [f"--container-image={spec.image}", f"--container-mounts={mounts}"]
         elif options.container == "apptainer":
-            mounts = ",".join(options.mounts)
+            mounts = ",".join([*shared, *options.mounts])
             inner = ["apptainer", "exec"] + (["--nv"] if spec.accelerators else [])
             inner += (["--bind", mounts] if mounts else []) + [spec.image]
         command = [*inner, *node_command(spec, self.cluster)]

@@ -34,7 +34,7 @@ def check_nodes(
 ) -> None:
     """Raises ValueError when no `nodes` nodes of the partition ("": the default one) could ever hold such a job, each with
     `cpus` and `memory_mib`, `accelerators` (gres name, number) and a limit of `minutes` (0: none asked for)."""
-    rows = [line.split("|") for line in _call("sinfo", "-h", "-e", "-o", "%P|%l|%D|%c|%m|%G").splitlines()]
+    rows = [line.split("|") for line in _call("sinfo", "-h", "-e", "-o", "%P|%l|%D|%c|%m|%G|%s").splitlines()]
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
     known = sorted({row[0].rstrip("*") for row in rows})
     if not partition and not default:
@@ -48,6 +48,10 @@ def check_nodes(
     if minutes and None not in limits and minutes > max(limit for limit in limits if limit is not None):
         longest = max(limit for limit in limits if limit is not None)
         raise ValueError(f"time={minutes} minutes: partition {partition} allows {longest:g}")
+    # Slurm queues a larger job than a partition takes, and never starts it.
+    sizes = [row[6].rpartition("-")[2] for row in mine]
+    if all(size.isdigit() for size in sizes) and nodes > (most := max(map(int, sizes))):
+        raise ValueError(f"nodes={nodes}: partition {partition} takes jobs of at most {most}")
     left = [(int(row[2]), int(row[3].rstrip("+")), int(row[4].rstrip("+")), row[5]) for row in mine]
     _enough(partition, nodes, [row[0] for row in left], "")
     left = [row for row in left if row[1] >= cpus]
@@ -165,4 +169,6 @@ def _why(program: str, said: str) -> str:
     if any("Unable to contact slurm controller" in line for line in lines):
         return "Slurm's controller does not answer; is slurmctld running, and is this machine on its network?"
     lines = [line.removeprefix("Batch job submission failed: ") for line in lines]
+    if "Invalid job array specification" in lines:
+        return "array= is more than Slurm takes (MaxArraySize in its configuration); submit several"
     return f"{program} refused: {lines[0] if lines else 'it said nothing'}"

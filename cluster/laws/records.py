@@ -44,6 +44,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "convention": ("flops_convention",),
     "code": ("code_rev", "code_version", "environment.revision"),
 }
+_FILES = ("csv", "json", "jsonl", "parquet")
 _TEXT = ("run_id", "status", "convention", "code")
 _SPECIAL = {"nan": math.nan, "infinity": math.inf, "inf": math.inf, "-infinity": -math.inf, "": math.nan}
 
@@ -135,9 +136,43 @@ def load(
 
 def base_config(source: str, where: Sequence[str] = ()) -> dict[str, Any] | None:
     """Config of the run with the most FLOPs among the records at `source` that ended well; None: none has a config."""
-    rows = [row for row in _select(_read(source), where) if isinstance(row.get("config"), Mapping)]
-    rows = [row for row in rows if row.get("status", "ok") == "ok"]
-    return dict(max(rows, key=lambda row: row.get("flops") or 0)["config"]) if rows else None
+    rows = [row for row in _select(_read(source), where) if row.get("status", "ok") == "ok"]
+    sweep = _sweep(source)
+    if sweep is not None:  # its table has the configs of all rows
+        from cluster.sweep.table import read_table
+        from trainer.config import to_dict
+
+        table = read_table(sweep)
+        return to_dict(table.config(table.by_id[_largest(rows)["row"]])) if rows else None
+    rows = [row for row in rows if isinstance(row.get("config"), Mapping)]
+    return dict(_largest(rows)["config"]) if rows else None
+
+
+def loss_column(source: str, columns: Mapping[str, str]) -> str | None:
+    """Where the record of a run has what the records at `source` call its loss; None: at the usual place."""
+    if "loss" in columns:
+        return columns["loss"]
+    sweep = _sweep(source)
+    if sweep is None:
+        return None
+    from cluster.sweep.table import read_table
+
+    objective = str(read_table(sweep).sweep["objective"])
+    return None if objective == "loss" else f"metrics.{objective}"
+
+
+def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: row.get("flops") or 0)
+
+
+def _sweep(source: str) -> Store | None:
+    """The store of a sweep; None where `source` is a file, or records of another kind."""
+    if source.rpartition(".")[2].lower() in _FILES:
+        return None
+    from cluster.sweep.results import is_sweep
+
+    store = Store(source)
+    return store if is_sweep(store) else None
 
 
 def fingerprint(runs: Runs) -> str:
@@ -192,12 +227,16 @@ def _warned(runs: Runs, text: str) -> Runs:
 def _read(source: str) -> list[dict[str, Any]]:
     base, _, name = source.rpartition("/")
     suffix = name.rpartition(".")[2].lower()
-    if suffix in ("csv", "json", "jsonl", "parquet"):
+    if suffix in _FILES:
         try:
             data = Store(base or ("/" if source.startswith("/") else ".")).read(name)
         except NotFound as error:
             raise DataProblem(f"no file at {source}") from error
         return _parse(suffix, data, source)
+    if (sweep := _sweep(source)) is not None:
+        from cluster.sweep.results import read_results
+
+        return read_results(sweep)
     store = Store(source)
     paths = [path for path in store.list() if path.endswith("record.jsonl") or "records/" in f"/{path}"]
     rows: list[dict[str, Any]] = []

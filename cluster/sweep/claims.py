@@ -79,7 +79,7 @@ class Claims:
         self.owner = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.lost = threading.Event()
         self._log = _Log()
-        self._alive: dict[str, float] = {}  # owner -> until when (monotonic) it need not be asked for again
+        self._alive: set[str] = set()  # asked for in this call
         self._dead: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -104,7 +104,7 @@ class Claims:
 
     def check(self) -> None:
         """Raises Lost where another driver has given this one up."""
-        if self.lost.is_set() or self._given_up(self.owner):
+        if self.lost.is_set() or self.given_up(self.owner):
             self.lost.set()
             raise Lost(
                 f"driver {self.owner} was silent for more than {self.expiry_s:g} s and was given up; start it again"
@@ -121,6 +121,7 @@ class Claims:
         """
         wanted = list(rows)
         with self._lock:
+            self._alive.clear()
             while True:
                 self._read()
                 free = [row for row in wanted if self._free(row)]
@@ -152,6 +153,12 @@ class Claims:
                 row for row, holder in self._log.holders.items() if holder.owner and not self._is_dead(holder.owner)
             }
 
+    def begun(self) -> set[str]:
+        """The rows that any driver has ever claimed."""
+        with self._lock:
+            self._read()
+            return set(self._log.holders)
+
     # ------------------------------------------------------------------------------------------------------- internals
     def _free(self, row: str) -> bool:
         holder = self._log.holders.get(row)
@@ -177,24 +184,28 @@ class Claims:
             return self.lost.is_set()
         if owner in self._dead:
             return True
-        if time.monotonic() < self._alive.get(owner, 0.0):
+        if owner in self._alive:
             return False
-        if self._given_up(owner) or self._silent(owner):
+        if self.given_up(owner) or self._silent(owner):
             self.store.create(f"owners/{owner}.dead", canonical_json({"by": self.owner}))
             self._dead.add(owner)
             return True
-        self._alive[owner] = time.monotonic() + min(1.0, self.expiry_s / _BEATS)
+        self._alive.add(owner)
         return False
 
-    def _given_up(self, owner: str) -> bool:
+    def given_up(self, owner: str) -> bool:
+        """Whether a driver was given up, or has closed."""
         return self.store.exists(f"owners/{owner}.dead")
+
+    def beats(self, owner: str) -> bool:
+        """Whether a driver's last heartbeat is recent and, if it is on this machine, its process is there."""
+        beat = self._last(owner)
+        return beat is not None and not _is_gone(beat) and time.time() - beat["time"] <= beat["expiry_s"]
 
     def _silent(self, owner: str) -> bool:
         beat = self._last(owner)
-        if beat is None:
+        if beat is None or _is_gone(beat):
             return True
-        if beat["machine"] == _machine():
-            return started_at(beat["pid"]) != beat["ticks"]
         if time.time() - beat["time"] <= beat["expiry_s"]:
             return False
         # Clocks may differ by more than that: it is silent if nothing comes while it is watched.
@@ -227,17 +238,20 @@ class Claims:
         while not self._stop.wait(self.expiry_s / _BEATS):
             # A store that does not answer for a while is no reason to stop: if it lasts, others will have given us up.
             with contextlib.suppress(StoreError):
-                if self._given_up(self.owner):
+                if self.given_up(self.owner):
                     self.lost.set()
                     return
                 self._beat()
 
 
-def claimed(store: Store) -> dict[str, str]:
-    """Row -> driver of all rows that are claimed, by drivers that may be dead: for looking on, without a driver."""
+def running(store: Store) -> dict[str, bool]:
+    """Row -> whether its driver lives, of all rows that are claimed. For looking on: it needs no driver and gives none up."""
     log = _Log()
     _follow(store, log)
-    return {row: holder.owner for row, holder in log.holders.items() if holder.owner}
+    claims = Claims(store, 1.0)
+    held = {row: holder.owner for row, holder in log.holders.items() if holder.owner}
+    alive = {owner: not claims.given_up(owner) and claims.beats(owner) for owner in set(held.values())}
+    return {row: alive[owner] for row, owner in held.items()}
 
 
 def _follow(store: Store, log: _Log) -> None:
@@ -252,6 +266,10 @@ def _follow(store: Store, log: _Log) -> None:
         except NotFound:
             return
         log.add(entry)
+
+
+def _is_gone(beat: Mapping[str, Any]) -> bool:
+    return beat["machine"] == _machine() and started_at(beat["pid"]) != beat["ticks"]
 
 
 def _entry(number: int) -> str:

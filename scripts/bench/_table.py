@@ -37,11 +37,11 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note
     Console(width=140).print(table)
 
 
-def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Writes the figures, and the table shown last, with what they were measured on, where the options say."""
+def machine() -> dict[str, Any]:
+    """What figures were measured on, when, and by which command."""
     import torch
 
-    machine = {
+    return {
         "date": datetime.date.today().isoformat(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -50,15 +50,20 @@ def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         "commit": _commit(),
         "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *_without_paths(sys.argv[1:])]),
     }
+
+
+def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes the figures, and the table shown last, with what they were measured on, where the options say."""
+    measured_on = machine()
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"machine": machine, **figures}, file, indent=1, sort_keys=True)
+            json.dump({"machine": measured_on, **figures}, file, indent=1, sort_keys=True)
             file.write("\n")
     if options.markdown:
         title, columns, rows, note = _shown[-1]
         lines = [f"# {title}", "", f"{note}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines += ["", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+        lines += ["", *(f"- {name}: {value}" for name, value in measured_on.items()), ""]
         os.makedirs(os.path.dirname(options.markdown) or ".", exist_ok=True)
         with open(options.markdown, "w") as file:
             file.write("\n".join(lines))

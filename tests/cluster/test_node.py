@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.launch import meet
+from cluster.launch import Group, meet
 from cluster.launch.agent import interface_of, local_address
 from datamodules.store import Store
 from tests.conftest import free_port
@@ -152,6 +154,26 @@ class Counted:
 
     def counted(self, cause: str, count: int | None = None) -> None:
         self.count, self.cause = self.count + 1 if count is None else count, cause
+
+
+def test_node_zero_waits_for_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = []
+
+    def address(endpoint: str) -> str:
+        known.append(endpoint)
+        if len(known) < 3:
+            raise socket.gaierror(-2, "Name or service not known")
+        return "127.0.0.1"
+
+    monkeypatch.setattr(meet, "local_address", address)
+    monkeypatch.setattr(meet, "_BIND_S", 0.3)
+    group = Group(f"localhost:{free_port()}", 0, 2, join_timeout_s=60)
+    handler, found = meet.rendezvous(group)
+    assert found == "127.0.0.1" and len(known) == 3
+    handler.shutdown()
+    known.clear()
+    with pytest.raises(meet.Lost, match="node 0 does not find its own name"):
+        meet.rendezvous(dataclasses.replace(group, join_timeout_s=0.1))
 
 
 def test_nodes_agree_on_starts_and_refuse_other_versions() -> None:

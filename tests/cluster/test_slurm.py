@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -140,6 +141,23 @@ def test_nodes_may_differ_in_memory(slurm: SlurmCluster, tmp_path: Path, monkeyp
     assert slurm.wait(name, "done") == "done"
 
 
+def test_a_container_runs_the_node_where_setup_has_run(
+    backend: Slurm, slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin/apptainer"  # exec --bind MOUNTS IMAGE COMMAND
+    stand_in.write_text('#!/bin/bash\necho "$1 $2 $3"\nexport STRAY="in $4"\nshift 4\nexec "$@"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "keel.sif").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    contained = make_backend(tmp_path, container="apptainer", mounts=["/data"])
+    name = contained.submit(job(tmp_path, "0", image=f"{tmp_path}/keel.sif"))
+    assert slurm.wait(name, "done") == "done"
+    for node, note in enumerate(notes(tmp_path, name, 0)):
+        assert (note["SETTING"], note["STRAY"], note["KEEL_NODE"]) == ("set", f"in {tmp_path}/keel.sif", str(node))
+    assert list(contained.logs(name, 0)) == [f"exec --bind {tmp_path}/code:{tmp_path}/code,/data", "node 0 start 0"]
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("action", ["save", "starting"])  # the second: before there is anybody to save
 def test_a_job_that_is_told_to_save_is_queued_again(
@@ -195,6 +213,12 @@ def test_cancelling_saves_first_and_is_for_good(backend: Slurm, slurm: SlurmClus
         ({"constraint": "h200"}, {}, "sbatch refused: Invalid feature specification"),
         ({"container": "apptainer"}, {"image": "/tmp/no-such.sif"}, "image=/tmp/no-such.sif: no such file"),
         ({}, {"pass_env": ("NOT_SET_ANYWHERE",)}, "pass_env: NOT_SET_ANYWHERE is not set here"),
+        ({}, {"after": ("999999",)}, "after=999999: Slurm knows no such job (any more)"),
+        (
+            {},
+            {"array": 2000, "nodes": 1, "run_url": "memory://run-{index}"},
+            "array= is more than Slurm takes (MaxArraySize in its configuration); submit several",
+        ),
     ],
 )
 def test_what_can_never_run_is_refused_before_it_is_queued(
@@ -204,6 +228,15 @@ def test_what_can_never_run_is_refused_before_it_is_queued(
         make_backend(tmp_path, **section).submit(job(tmp_path, "0", **fields))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert slurm.call("squeue", "-h", "-t", "PENDING") == ""
+
+
+def test_a_job_larger_than_its_partition_takes_is_refused(backend: Slurm, slurm: SlurmCluster, tmp_path: Path) -> None:
+    slurm.call("scontrol", "update", "PartitionName=urgent", "MaxNodes=1")
+    try:
+        with pytest.raises(ValueError, match=r"^nodes=2: partition urgent takes jobs of at most 1$"):
+            make_backend(tmp_path, partition="urgent").check(job(tmp_path, "0"))
+    finally:
+        slurm.call("scontrol", "update", "PartitionName=urgent", "MaxNodes=UNLIMITED")
 
 
 def test_a_slurm_that_cannot_be_asked_is_one_line(
@@ -220,6 +253,8 @@ def test_a_slurm_that_cannot_be_asked_is_one_line(
     text = Path(slurm.conf).read_text()
     broken.write_text(text.replace("munge.sock", "gone.sock"))
     assert refusal().startswith("munge does not run here, and Slurm needs it: start munged (Failed to access ")
+    broken.write_text(re.sub("SlurmctldPort=.*", "SlurmctldPort=1\nMessageTimeout=1", text))
+    assert refusal().startswith("Slurm's controller does not answer; is slurmctld running")
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
         nothing = refusal()
@@ -228,8 +263,6 @@ def test_a_slurm_that_cannot_be_asked_is_one_line(
 
 def test_causes_are_found_in_what_slurm_writes() -> None:
     why = slurm_client._why
-    silent = "slurm_load_partitions: Unable to contact slurm controller (connect failure)\n"
-    assert why("sinfo", silent).startswith("Slurm's controller does not answer")
     assert "set SLURM_CONF" in why(
         "sinfo", "sinfo: error: s_p_parse_file: cannot stat file /etc/x: No such file, retrying\n"
     )
@@ -296,12 +329,22 @@ def test_scripts_are_rendered_as_the_golden_files_say(name: str, tmp_path: Path)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
 
 
+@pytest.mark.parametrize(("container", "option"), [("pyxis", "--container-mounts="), ("apptainer", "--bind ")])
+def test_a_container_sees_the_code_of_a_shared_folder(container: str, option: str) -> None:
+    backend = open_backend(load({"backend": "slurm", "slurm": {"container": container, "mounts": ["/data"]}}))
+    script = backend.render(dataclasses.replace(BASE, image="docker://keel"))
+    (mounts,) = re.findall(re.escape(option) + r"(\S+)", script)
+    assert mounts.removeprefix("/tmp:/tmp,") == "/shared/keel:/shared/keel,/data"
+
+
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
         ({}, {"max_nodes": 4}, "max_nodes=4: a Slurm job keeps its number of nodes"),
         ({}, {"image": "keel.sif"}, "image=keel.sif has no effect with slurm.container=none"),
         ({"container": "pyxis"}, {}, "slurm.container=pyxis needs image="),
+        ({"container": "pyxis"}, {"image": "./a.sqsh"}, "image=./a.sqsh: a file needs its absolute path"),
+        ({"container": "apptainer"}, {"image": "a.sif"}, "image=a.sif: a file needs its absolute path"),
         ({"groups": [{"nodes": 1}]}, {}, "slurm.groups have 1 nodes, but the job has nodes=2"),
         ({"container": "docker"}, {}, "container=docker: must be one of none, pyxis, apptainer"),
         ({"partitoin": "gpu"}, {}, "unknown key 'slurm.partitoin': did you mean 'slurm.partition'?"),

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-FAULTS = ("slow_down", "reset", "hang", "cut", "trickle", "flip", "hang_up")
+FAULTS = ("slow_down", "reset", "hang", "cut", "trickle", "flip", "hang_up", "late", "full")
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+FULL = b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum free drive.</Message></Error>"
 DROPPED = ("connection", "keep-alive", "transfer-encoding", "content-length", "server", "date")
 
 
@@ -22,8 +23,9 @@ class FaultyProxy:
 
     `fault(method, path, n)` names what goes wrong with the n-th request (from 0), or is None: slow_down (503), reset
     (while the answer is awaited), hang (no answer), cut (half the body, then the end), trickle (a byte at a time), flip (a wrong
-    bit in the body), hang_up (the connection is closed after a good answer, against what the answer says).
-    `requests` lists (method, path, fault) so far.
+    bit in the body), hang_up (the connection is closed after a good answer, against what the answer says), late (a good
+    answer after 0.3 s), full (507).
+    `requests` lists (method, path, fault) so far. `stop_listening` and `listen` are a server that is down and up again.
     """
 
     def __init__(self, upstream: str, fault: Callable[[str, str, int], str | None] = lambda *_: None) -> None:
@@ -54,19 +56,34 @@ class FaultyProxy:
             daemon_threads = True
             request_queue_size = 64
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+            def handle_error(self, *_: object) -> None: ...  # a client that has gone
+
+        self._make, self._port = (lambda port: Server(("127.0.0.1", port), Handler)), 0
+        self.listen()
+        self.endpoint = f"http://127.0.0.1:{self._port}"
 
     @property
     def connections(self) -> int:
         """Connections accepted so far."""
         return len(self._accepted)
 
-    def close(self) -> None:
-        self._over.set()
+    def listen(self) -> None:
+        """Connections are accepted, on the same port as before."""
+        self._server = self._make(self._port)
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop_listening(self) -> None:
+        """Connections are refused, and those that there were are cut."""
         self._server.shutdown()
         self._server.server_close()
+        self._cut()
+
+    def close(self) -> None:
+        self._over.set()
+        self.stop_listening()
+
+    def _cut(self) -> None:
         for connection in self._accepted:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -96,6 +113,11 @@ class FaultyProxy:
         if fault == "slow_down":
             self._answer(request, 503, [("Content-Type", "application/xml")], SLOW_DOWN, len(SLOW_DOWN))
             return
+        if fault == "full":
+            self._answer(request, 507, [("Content-Type", "application/xml")], FULL, len(FULL))
+            return
+        if fault == "late":
+            self._over.wait(0.3)
         status, headers, body = self._forward(request, sent)
         if fault == "flip" and body:
             body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]

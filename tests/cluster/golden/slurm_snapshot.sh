@@ -26,7 +26,9 @@ trap 'save' TERM
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=96 --export=ALL --kill-on-bad-exit=0 --wait=300 bash -c 'exec >>/tmp/keel-"$KEEL_JOB-node$SLURM_PROCID".log 2>&1
 export KEEL_NODE="$SLURM_PROCID"
 exec "$@"' node \
-    python -P -c 'import hashlib, io, os, shutil, sys, tarfile, tempfile, time
+    python -P -c 'import hashlib, io, os, shutil, signal, sys, tarfile, tempfile, time
+for told in (signal.SIGTERM, signal.SIGUSR1):  # nothing is lost, and as process 1 it would hear nothing
+    signal.signal(told, lambda *_: sys.exit(75))
 url, digest, args = sys.argv[1], sys.argv[2], sys.argv[3:]
 home = os.environ.get("KEEL_CODE_CACHE") or os.path.join(tempfile.gettempdir(), "keel-code-%d" % os.getuid())
 code = os.path.join(home, digest)
@@ -48,8 +50,9 @@ for attempt in range(5):
         except OSError:
             shutil.rmtree(part)
     except Exception as error:
-        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)):
-            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, type(error).__name__, error))
+        kind = type(error).__name__
+        if attempt == 4 or isinstance(error, (FileNotFoundError, PermissionError, ImportError)) or "Credentials" in kind:
+            sys.exit("keel: error: %s: the code cannot be fetched (%s: %s)" % (url, kind, error))
         time.sleep(2 ** attempt)
 if os.stat(home).st_uid != os.getuid():
     sys.exit("keel: error: %s belongs to somebody else; set KEEL_CODE_CACHE" % home)
@@ -67,7 +70,7 @@ running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING ';
 if [[ -n "$cancelled" ]] && running; then scancel "$SLURM_JOB_ID"; fi
 # A run that is told to save while it starts cannot answer with 75; it has lost nothing.
 if [[ -n "$told" && $code != 0 && $code != 2 ]]; then code=75; fi
-# Nodes that lost each other may meet again, but not for ever.
-if [[ $code == 74 ]] && (( ${SLURM_RESTART_COUNT:-0} < 3 )); then code=75; fi
+# Nodes that lost each other, or their store, may meet again, but not for ever.
+if [[ $code == 74 || $code == 69 ]] && (( ${SLURM_RESTART_COUNT:-0} < 3 )); then code=75; fi
 if [[ $code == 75 && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
