@@ -267,3 +267,20 @@ def test_a_slurm_array_shares_the_rows(
     assert lines(table) == Counter(row.id for row in table.rows)
     assert status(table).counts["ok"] == 8
     assert keel(*words) == 0 and "8 done" in capsys.readouterr().out  # nothing is left, and nothing submitted
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_runs(
+    path: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row of it, for two steps, on other data."""
+    monkeypatch.chdir(ROOT)
+    raw = yaml.safe_load(path.read_text())
+    assert raw["name"] == path.stem
+    axes = [
+        f"grid.{name}=[{axis['from'] if isinstance(axis, dict) else axis[0]}]" for name, axis in raw["grid"].items()
+    ]
+    short = ["settings.train.max_steps=2", *(["settings.train.val_every=1"] if raw.get("objective") else [])]
+    words = [f"url={tmp_path}/sweep", f"base.data.url={text}", *short, *axes]
+    assert keel("sweep", "run", path, "--executor", "packed", "--workers", "1", *words) == 0
+    assert "1 done" in capsys.readouterr().out
