@@ -121,8 +121,8 @@ def test_a_parametrisation_is_the_same_under_every_strategy(runs, name):
     assert settings == {key: value for key, value in ours["scalars"].items() if ".param_groups." in key}
     law = (STEPS * 6 * 32 / 2048) ** -0.32 * (6 * 32 / 64) ** 0.5
     rates = {key.split(".param_groups.")[1]: value for key, value in settings.items() if key.endswith(".initial_lr")}
-    assert rates["model.network.embedding.weight.initial_lr"] == pytest.approx(3e-3 * law)
-    assert rates["model.network.layers.1.mlp.up.weight.initial_lr"] == pytest.approx(3e-3 * law / 2 / 2**0.5)
+    assert rates["network.embedding.weight.initial_lr"] == pytest.approx(3e-3 * law)
+    assert rates["network.layers.1.mlp.up.weight.initial_lr"] == pytest.approx(3e-3 * law / 2 / 2**0.5)
 
 
 CROSS = [  # saved by (world 2), world, strategy
