@@ -108,10 +108,17 @@ def train(stack: Sequence[RunConfig]) -> list[dict[str, Any]]:
     task, data = build(first)
     data.configure(1, 0)
     by_name = rules(first, task)
+    if first.parametrization.name != "standard" and any(rules(config, task) != by_name for config in stack):
+        raise ConfigError(
+            "parametrization: its rules are not the same at all rates, as a stack of networks needs (decay=independent "
+            "does that); set packed.stacked=false"
+        )
     parameters, _ = stack_module_state([network_of(config) for config in stack])
     parameters = {name: value.detach().to(device).requires_grad_() for name, value in parameters.items()}
     module = _Loss(task.to(device)).train()
-    groups = parametrization.groups(parameters, by_name, lr=1.0, weight_decay=first.optim.weight_decay)
+    groups = parametrization.groups(
+        parameters, by_name, lr=1.0, weight_decay=first.optim.weight_decay, eps=getattr(first.optim, "eps", None)
+    )
     optimizer = optim.lookup(first.optim.name)[1](dataclasses.replace(first.optim, lr=1.0), groups)
     rates = torch.tensor([config.optim.lr for config in stack], device=device)
     run = _Run(first, module, parameters, optimizer, rates)

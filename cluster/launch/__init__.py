@@ -36,6 +36,7 @@ RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 BACKENDS = {
     "local": "cluster.launch.local_backend:Local",
     "kubernetes": "cluster.launch.kubernetes:Kubernetes",
+    "ray": "cluster.launch.ray:Ray",
     "slurm": "cluster.launch.slurm:Slurm",
 }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
 
 # Of the states of an array's tasks the first in this order is that of the array.
-_ORDER = ("running", "queued", "failed", "done")
+_ORDER = ("running", "queued", "failed", "cancelled", "done")
 # A pod's name, in which a job's is followed by those of its parts and by numbers, has 63 characters.
 _LONGEST = 35
 
@@ -97,13 +97,14 @@ class Kubernetes:
     def cancel(self, job_id: str) -> None:
         """Deletes the job: its pods are told to save and end. One that has ended is left alone."""
         if self.state(job_id) in ("queued", "running"):
-            self._delete(job_id, wait=False)
+            told = self.kind.stop is not None and self.kind.stop(self._kubectl, _selector(job_id))
+            if not told:
+                self._delete(job_id, wait=False)
 
     def logs(self, job_id: str, node: int) -> Iterator[str]:
-        """What the node's pod has printed since it last started."""
-        selector = f"{_selector(job_id)},{self.kind.node(node)}"
+        """What the node has printed, in its pod as it is now."""
         try:
-            yield from self._kubectl("logs", "-l", selector, "--tail=-1").splitlines()
+            yield from self.kind.logs(self._kubectl, _selector(job_id), node)
         except KubectlError as error:
             if "waiting to start" not in str(error) and not isinstance(error, Missing):
                 raise

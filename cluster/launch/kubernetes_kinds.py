@@ -11,11 +11,12 @@ the last commit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE
+from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE, kubernetes_ray
+from cluster.launch.kubectl import Kubectl
 from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, node_pod
 from cluster.launch.spec import JobSpec
 
@@ -37,8 +38,10 @@ class Kind:
         others: resources that belong to the job beside it and its pods.
         elastic: whether a job may start with fewer nodes than it may have.
         objects: (spec, cluster, name, job id, task of an array) -> the objects of one job.
-        ended: the job's object -> `done` or `failed`; "" while it goes on.
-        node: number of a node -> selector of its pod.
+        ended: the job's object -> `done`, `failed` or `cancelled`; "" while it goes on.
+        logs: (kubectl, selector of the job, number of a node) -> what the node printed.
+        stop: (kubectl, selector of the job) -> whether the job was told to save and end; None: its pods are, when it is
+            deleted.
     """
 
     resource: str
@@ -46,7 +49,8 @@ class Kind:
     elastic: bool
     objects: Callable[[JobSpec, ClusterConfig, str, str, int | None], list[Object]]
     ended: Callable[[Object], str]
-    node: Callable[[int], str]
+    logs: Callable[[Kubectl, str, int], Iterator[str]]
+    stop: Callable[[Kubectl, str], bool] | None = None
 
 
 def _of_task(text: str, task: int | None) -> str:
@@ -203,27 +207,41 @@ def _conditions(done: str, failed: str) -> Callable[[Object], str]:
     return ended
 
 
-def _by_index(node: int) -> str:
+def _rayjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, task: int | None) -> list[Object]:
+    head = _head("ray.io/v1", "RayJob", name, job_id, task, spec, cluster)
+    return [head | {"spec": kubernetes_ray.spec_of(spec, cluster, job_id, task)}]
+
+
+def _pod_logs(selector: Callable[[int], str]) -> Callable[[Kubectl, str, int], Iterator[str]]:
+    def logs(ask: Kubectl, job: str, node: int) -> Iterator[str]:
+        return iter(ask("logs", "-l", f"{job},{selector(node)}", "--tail=-1").splitlines())
+
+    return logs
+
+
+def _index(node: int) -> str:
     return f"batch.kubernetes.io/job-completion-index={node}"
 
 
-def _by_replica(node: int) -> str:
+def _replica(node: int) -> str:
     role = "training.kubeflow.org/replica-type"
     return f"{role}=worker,training.kubeflow.org/replica-index={node - 1}" if node else f"{role}=master"
 
 
+_indexed = _pod_logs(_index)
 KIND: dict[str, Kind] = {
-    "job": Kind("jobs.batch", ("services",), True, _job, _conditions("Complete", "Failed"), _by_index),
-    "jobset": Kind("jobsets.jobset.x-k8s.io", (), True, _jobset, _conditions("Completed", "Failed"), _by_index),
+    "job": Kind("jobs.batch", ("services",), True, _job, _conditions("Complete", "Failed"), _indexed),
+    "jobset": Kind("jobsets.jobset.x-k8s.io", (), True, _jobset, _conditions("Completed", "Failed"), _indexed),
     "trainjob": Kind(
         "trainjobs.trainer.kubeflow.org",
         ("trainingruntimes.trainer.kubeflow.org",),
         False,
         _trainjob,
         _conditions("Complete", "Failed"),
-        _by_index,
+        _indexed,
     ),
     "pytorchjob": Kind(
-        "pytorchjobs.kubeflow.org", (), True, _pytorchjob, _conditions("Succeeded", "Failed"), _by_replica
+        "pytorchjobs.kubeflow.org", (), True, _pytorchjob, _conditions("Succeeded", "Failed"), _pod_logs(_replica)
     ),
+    "rayjob": Kind("rayjobs.ray.io", (), True, _rayjob, kubernetes_ray.ended, kubernetes_ray.logs, kubernetes_ray.stop),
 }

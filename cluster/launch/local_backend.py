@@ -58,11 +58,7 @@ class Local:
 
     def command(self, spec: JobSpec) -> list[str]:
         """One node's command line."""
-        words = node_command(spec, self.cluster, python=sys.executable)
-        if spec.time_limit_s is None:
-            return words
-        cut = words.index("--")
-        return [*words[:cut], "--time-limit", f"{spec.time_limit_s:g}", *words[cut:]]
+        return node_command(spec, self.cluster, python=sys.executable, time_limit_s=spec.time_limit_s)
 
     def environment(self, spec: JobSpec, node: int, port: int | str, task: int | str | None) -> dict[str, str]:
         """What one node finds in its environment, beside this process's own."""

@@ -2,8 +2,9 @@
 
 from .direct import Sink, Tags
 from .errors import AccessDenied, Changed, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .names import canonical_json, join_url
 from .retry import Retry
-from .store import Store, canonical_json, join_url
+from .store import Store
 
 __all__ = [
     "AccessDenied",

@@ -18,6 +18,7 @@ from typing import Any
 from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, Tags, compare_tag, unsupported
 from .errors import StoreError
 from .retry import is_transient, response_of
+from .sign import Signer
 
 log = logging.getLogger("keel.store")
 S3_PROTOCOLS = ("s3", "s3a")
@@ -192,6 +193,18 @@ def _endpoint(options: dict[str, Any]) -> str:
     return str(named or "")
 
 
+def _secret(filesystem: Any) -> str:
+    """The secret key that an s3fs filesystem signs with now; empty without any."""
+    from fsspec.asyn import sync
+
+    async def current() -> str:
+        await filesystem.set_session()
+        found = await filesystem.session.get_credentials()
+        return str((await found.get_frozen_credentials()).secret_key) if found else ""
+
+    return str(filesystem.secret or sync(filesystem.loop, current))
+
+
 def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
     if not options.get("direct", True):
         return None
@@ -199,8 +212,9 @@ def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
     if reason:
         log.info("reading through s3fs, which is slower: %s", reason)
         return None
+    signer = Signer(lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)), lambda: _secret(filesystem))
     return DirectReads(
-        lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)),
+        signer,
         concurrency=int(options.get("concurrency", CONCURRENCY)),
         connect_timeout=float(options.get("connect_timeout", 5.0)),
         read_timeout=float(options.get("read_timeout", 30.0)),

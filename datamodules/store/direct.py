@@ -1,9 +1,9 @@
 """Concurrent range GETs over plain HTTP: the fast way to read from S3-compatible stores.
 
 s3fs signs, parses and schedules each request in Python's event loop, which limits small ranges long before the network
-does (`scripts/bench/stream.py` prints both). Here a URL is signed once per object for some minutes, by the very client that
-s3fs made, so that all its settings hold; then threads with kept connections fetch ranges of it straight into their
-buffers. Nothing here retries, but for a kept connection that the server had closed meanwhile.
+does (`scripts/bench/stream.py` prints both). Here a URL is signed once per object for some minutes, after one that the very
+client signed that s3fs made, so that all its settings hold; then threads with kept connections fetch ranges of it straight
+into their buffers. Nothing here retries, but for a kept connection that the server had closed meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from .errors import Changed
+from .sign import Signer
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
@@ -66,7 +67,7 @@ class DirectReads:
     """Reads of one process.
 
     Args:
-        sign: object key -> URL that may be read for SIGNED_SECONDS. Called from several threads.
+        sign: object key -> URL that may be read for SIGNED_SECONDS.
         concurrency: connections and threads.
         connect_timeout, read_timeout: seconds for a connection, and for each piece of an answer.
         verify: False, or a file of certificates to trust in place of the system's, for https.
@@ -74,7 +75,7 @@ class DirectReads:
 
     def __init__(
         self,
-        sign: Callable[[str], str],
+        sign: Signer,
         concurrency: int = 32,
         connect_timeout: float = 5.0,
         read_timeout: float = 30.0,
@@ -107,6 +108,7 @@ class DirectReads:
         """Sign `key` anew when it is next read."""
         with self._lock:
             self._urls.pop(key, None)
+        self._sign.forget(key)
 
     def _one(self, part: Part, sink: Sink | None, tags: Tags | None) -> bytes | bytearray | int | BaseException:
         try:

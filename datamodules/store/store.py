@@ -10,34 +10,21 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import local, looks
+from . import local, looks, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
 from .direct import Sink, Tags
 from .errors import Changed, NoBucket, NotFound, ShortRead, StoreError
+from .names import canonical_json, checked, join_url
 from .retry import Retry, is_connect_fault, is_transient, response_of
 from .translate import translate
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
 RETRY_OPTIONS = ("deadline", "connect_deadline")
-
-
-def join_url(base: str, *parts: str) -> str:
-    """`base` and `parts` joined by single slashes; the scheme's `//` is left alone."""
-    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    if not tail:
-        return base
-    return base + tail if base.endswith("://") else f"{base.rstrip('/')}/{tail}"
-
-
-def _checked(path: str) -> str:
-    if path.startswith("/") or "://" in path or ".." in path.split("/"):
-        raise ValueError(f"path={path!r}: must be relative to the store, without '..'")
-    return path
 
 
 class Store:
@@ -85,7 +72,7 @@ class Store:
 
     def join(self, *parts: str) -> str:
         """The URL of an object of this store."""
-        return join_url(self.url, *(_checked(part) for part in parts))
+        return join_url(self.url, *(checked(part) for part in parts))
 
     def sub(self, prefix: str) -> Store:
         """The store below `prefix`, with the same options."""
@@ -95,7 +82,7 @@ class Store:
         """The file of an object; only for local stores."""
         if not self.is_local:
             raise ValueError(f"{self.url}: not a local store")
-        return os.path.join(self._root, *_checked(path).split("/")) if path else self._root
+        return os.path.join(self._root, *checked(path).split("/")) if path else self._root
 
     # Reading
 
@@ -203,7 +190,7 @@ class Store:
 
     def children(self, prefix: str = "") -> tuple[list[str], list[str]]:
         """(folders, objects) directly below the folder `prefix`: their last names, sorted. None is no error."""
-        _checked(prefix)
+        checked(prefix)
         if self.is_local:
             return self._local(prefix, lambda: local.children(self.local_path(prefix)))
 
@@ -217,7 +204,7 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
-        _checked(prefix)
+        checked(prefix)
         prefix = prefix.rstrip("/")
         lead = f"{prefix}/" if prefix else ""
         if self.is_local:
@@ -250,6 +237,20 @@ class Store:
         else:
             body = _body(data)
             self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, body))
+
+    def write_pieces(self, path: str, pieces: Iterable[Any], size: int) -> None:
+        """As `write`, of `size` bytes that come in pieces (anything with the buffer protocol). Files and S3 objects are
+        written as the pieces come; other stores get them in one."""
+        flat = (memoryview(piece).cast("B") for piece in pieces)
+        if self.is_local:
+            self._local(path, lambda: local.write_pieces(self.local_path(path), flat))
+        elif self._protocol in S3_PROTOCOLS and size > multipart.PART_BYTES:
+            bucket, _, key = self._key(path).partition("/")
+            multipart.upload(
+                lambda call: self._remote(path, lambda held, *_: call(held.filesystem)), bucket, key, flat, size
+            )
+        else:
+            self.write(path, b"".join(flat))
 
     def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
         """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.
@@ -301,7 +302,7 @@ class Store:
         return self.join(path) if path else self.url
 
     def _key(self, path: str) -> str:
-        _checked(path)
+        checked(path)
         return f"{self._root}/{path}" if path else self._root
 
     def _client(self) -> Client:
@@ -385,8 +386,3 @@ def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:
         return data
     whole = data.obj
     return whole if isinstance(whole, (bytes, bytearray)) and len(whole) == data.nbytes else bytes(data)
-
-
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; equal values give equal bytes. NaN is refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -239,7 +239,7 @@ def run(place: Place, case: dict[str, Any], data: dict[str, str]) -> tuple[int, 
     content = {"faults": case["faults"], "url": config.url, "world": case["world"], "max_restarts": 4}
     (place.folder / "plan.json").write_text(json.dumps(content))
     outside = [fault for fault in case["faults"] if fault["kind"] in OUTSIDE]
-    injector = Injector(place, outside, case["world"], str(case["number"]))
+    injector = Injector(place, outside, case["world"], str(case["number"]), 2 * EVERY + 1)
     end, extra = time.monotonic() + LIMIT_S, ()
     environment = {**os.environ, **place.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     (place.folder / "log.txt").touch()

@@ -22,6 +22,7 @@ from datamodules.store import (
     canonical_json,
     join_url,
     local,
+    multipart,
 )
 
 
@@ -303,3 +304,41 @@ def test_a_temporary_file_of_a_killed_writer_is_not_listed(tmp_path):
     assert os.listdir(tmp_path / "a") == ["x"]
     store.delete_tree("a")
     assert os.listdir(tmp_path) == []
+
+
+def pieces(*sizes):
+    for number, size in enumerate(sizes):
+        yield bytes([number + 1]) * size
+
+
+def test_an_object_of_pieces_is_written_without_being_held_in_memory(store, monkeypatch):
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    sizes, sent = (3, 6 << 20, 0, 100_000, 5 << 20, 7), []
+    if store.url.startswith("s3"):
+        monkeypatch.setattr(Store, "write", None)
+        plain = multipart.parts
+        monkeypatch.setattr(multipart, "parts", lambda *a: (sent.append(len(part)) or part for part in plain(*a)))
+    store.write_pieces("folder/large", pieces(*sizes), sum(sizes))
+    assert store.read("folder/large") == b"".join(pieces(*sizes))
+    if store.url.startswith("s3"):
+        assert sent == [5 << 20, 5 << 20, sum(sizes) - (10 << 20)]
+    monkeypatch.undo()
+    store.write_pieces("small", pieces(2, 3), 5)
+    assert store.read("small") == b"\x01\x01\x02\x02\x02"
+
+
+def test_pieces_that_end_in_an_error_leave_what_was_there(store, monkeypatch):
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    store.write("kept", b"old")
+
+    def broken():
+        yield from pieces(6 << 20, 6 << 20)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        store.write_pieces("kept", broken(), 18 << 20)
+    assert store.read("kept") == b"old" and store.list("") == ["kept"]
+    if store.url.startswith("s3"):
+        bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+        begun = store._client().filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        assert not [upload for upload in begun if upload["Key"].startswith(prefix)]

@@ -16,7 +16,7 @@ from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
-from trainer.callbacks.guard import NONFINITE, SPIKE, Guard
+from trainer.callbacks.guard import NONFINITE, SPIKE, Guard, not_finite
 from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import committed_steps
 from trainer.lifecycle import prepare_new
@@ -302,6 +302,15 @@ def with_group(guard: Guard, trainer: Any) -> None:
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     guard.on_train_start(trainer, None)  # type: ignore[arg-type]
+
+
+def test_every_value_that_is_no_number_is_found_and_no_large_one() -> None:
+    inf, nan = math.inf, math.nan
+    bad = [[1, nan], [inf, 1], [-inf, 1], [-inf, inf], [complex(1, nan)], [inf, inf]]
+    good = [[3e38, 3e38], [3e38, -3e38], [1 + 2j], []]
+    tensors = [torch.tensor(values) for values in (*bad, *good)] + [torch.tensor([nan, 1], dtype=torch.bfloat16)]
+    assert float(not_finite(tensors, torch.device("cpu"))) == len(bad) + 1
+    assert float(not_finite([], torch.device("cpu"))) == 0
 
 
 def test_the_judge_is_robust_and_asks_no_device() -> None:

@@ -18,10 +18,11 @@ from trainer.checkpoint import loading
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
 from trainer.checkpoint.background import Flight
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.plan import Plan, make_plan, signature
 from trainer.checkpoint.retention import Ledger, Retention
-from trainer.checkpoint.staging import Buffers, Image, Written, crc32c, tensor_table, upload
+from trainer.checkpoint.staging import Buffers, Image, Written, tensor_table, upload
 from trainer.distributed import on_rank_zero, rank, world_size
 
 log = logging.getLogger("keel.checkpoint")
@@ -121,8 +122,8 @@ class Checkpointer:
             self._buffers.prepare(plan, tensors)
             source = self._buffers
         folder = self.store.sub(manifests.step_name(step))
-        prefix = manifests.writer_name(self.writer)
-        work = partial(self._write, step, lambda: upload(folder, plan, source, prefix), state, document, plan)
+        prefix, noted = manifests.writer_name(self.writer), self._ledger.noted(step)
+        work = partial(self._write, step, lambda: upload(folder, plan, source, prefix), state, document, plan, noted)
         if self.background:
             self._flight.start(work, f"keel-save-{step}")
             return True
@@ -213,10 +214,11 @@ class Checkpointer:
         state: bytes | Exception,
         document: dict[str, Any],
         plan: Plan,
+        noted: dict[str, float] | None,
     ) -> bool:
         """All of a save that needs no live tensor (in the background) or is done at once; on all ranks."""
         folder = self.store.sub(manifests.step_name(step))
-        if on_rank_zero(lambda: self._begin(folder, step), self._group):
+        if on_rank_zero(lambda: self._begin(folder, step, noted), self._group):
             return False
         mine: Written | Exception
         try:
@@ -238,7 +240,7 @@ class Checkpointer:
             self._retain()
         return True
 
-    def _begin(self, folder: Store, step: int) -> bool:
+    def _begin(self, folder: Store, step: int, noted: dict[str, float] | None) -> bool:
         """Rank 0: True if the step is committed and whole; otherwise removes what is there of it."""
         self.fence()
         left = folder.list("")
@@ -252,7 +254,7 @@ class Checkpointer:
         for path in left:
             if manifests.writer_of(path) <= self.writer:  # one that has replaced this one may be at it already
                 folder.delete(path)
-        self._ledger.forget(step)
+        self._ledger.forget(step, noted)
         return False
 
     def _commit(self, folder: Store, step: int, written: list[Written], state: bytes, document: dict[str, Any]) -> None:

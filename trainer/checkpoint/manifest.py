@@ -7,9 +7,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
-
 from datamodules.store import NotFound, Store
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.commits import MARKER, committed_steps, step_name
 
@@ -82,7 +81,7 @@ def verify(store: Store, step: int, *, deep: bool = True) -> list[str]:
             size = folder.size(file["path"])
             if size != file["size"]:
                 return f"{path} has {size} bytes instead of {file['size']}"
-            if deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
+            if deep and crc32c(folder.read(file["path"])) != file["crc32c"]:
                 return f"{path} is corrupt (crc32c differs)"
         except NotFound:
             return f"{path} is missing"
