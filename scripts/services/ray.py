@@ -157,6 +157,8 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> None:
     words = ["--node-ip-address", address, "--num-gpus", "0", "--object-store-memory", str(100 << 20)]
     words += ["--disable-usage-stats", "--include-log-monitor", "false", "--min-worker-port", "0"]
     words += ["--max-worker-port", "0"]
+    # By default every agent, whatever its node's address, takes one port of 127.0.0.1: no second cluster would run jobs.
+    words += ["--dashboard-agent-listen-port", str(_free_ports(1)[0])]
     head = f"{state['network']}.1"
     if name == HEAD:
         words += ["--head", "--num-cpus", "0", "--port", str(state["gcs"]), "--temp-dir", state["temp"]]
