@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,15 @@ from cluster.report.plots import GREY, PALETTE, drawing
 
 _GOOD, _BAD = PALETTE[2], PALETTE[4]
 _MOST_ROWS = 60
+_MOST_NAMES = 3
+_MARKERS = "^sD"
 
 
 def render(found: Sequence[Axis], source: str) -> str:
     """The page of a check: per axis its sizes against size, its exponents, and those that failed."""
     sections = []
     for axis in found:
-        caption = "Mean over seeds; green: the exponent is within its range, red: outside, with the site's name."
+        caption = "Mean over seeds; green: the exponent is within its range, red: outside, the worst with their names."
         sections.append((axis.name, axis.name.capitalize(), figure(_curves(axis), caption) + _exponents(axis)))
     sections.append(("json", "All figures", pre(json.dumps(to_json(found), indent=1))))
     ok = all(axis.ok for axis in found)
@@ -38,20 +41,21 @@ def _curves(axis: Axis) -> str:
     with drawing(f"coordinates-{axis.name}", 8.6, 3.4, whole=False) as (picture, svg):
         axes = picture.subplots(1, len(panels), squeeze=False)[0]
         for ax, (quantity, step) in zip(axes, panels, strict=True):
-            for slope in sorted(axis.slopes, key=lambda s: not s.ok):
-                if (slope.quantity, slope.step) != (quantity, step):
+            shown = [slope for slope in axis.slopes if (slope.quantity, slope.step) == (quantity, step)]
+            named = [slope for slope in axis.failed if slope in shown][:_MOST_NAMES]
+            for slope in sorted(shown, key=lambda s: not s.ok):
+                values = [float(np.mean(axis.values(slope, size))) for size in axis.sizes]
+                if not (np.isfinite(values).all() and min(values) > 0):
                     continue
-                values = [np.mean(axis.values(slope, size)) for size in axis.sizes]
-                if not np.isfinite(values).all():
-                    continue
-                style = {"color": _GOOD, "alpha": 0.5} if slope.ok else {"color": _BAD}
-                ax.plot(axis.sizes, values, "o-", markersize=2.5, linewidth=1, **style)
-                if not slope.ok:
-                    ax.annotate(
-                        f"{slope.site} {slope.exponent:+.2f}", (axis.sizes[-1], values[-1]), fontsize=5, color=_BAD
-                    )
+                style: dict[str, Any] = {"color": _GOOD, "alpha": 0.5} if slope.ok else {"color": _BAD}
+                label = f"{slope.site} {slope.exponent:+.2f}" if slope in named else None
+                if label:
+                    style |= {"marker": _MARKERS[named.index(slope)], "markersize": 6, "zorder": 3}
+                ax.plot(axis.sizes, values, **{"marker": "o", "markersize": 2, "linewidth": 1, **style}, label=label)
+            if named:
+                ax.legend(fontsize=6)
             ax.set(xscale="log", yscale="log", xlabel=axis.name)
-            ax.set_title(f"mean |x| after {step} steps" if quantity == "size" else f"mean |change| after {step} steps")
+            ax.set_title(f"mean |{'x' if quantity == 'size' else 'change'}| after {step} step{'s' * (step > 1)}")
             ax.set_xticks(axis.sizes, [str(size) for size in axis.sizes])
             ax.minorticks_off()
             ax.axhline(1, color=GREY, linewidth=0.5, linestyle=":")
