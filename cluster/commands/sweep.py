@@ -159,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
     from cluster.sweep.drive import drive
     from cluster.sweep.expand import expand
     from cluster.sweep.status import status as look
+    from cluster.sweep.suggest import kept
+    from cluster.sweep.table import read_table
     from datamodules.store import Store
 
     if not args.on and (args.dry_run or args.detach):
@@ -169,9 +171,10 @@ def run(args: argparse.Namespace) -> int:
     refuse_above(cap, Rates(look(table).results, machine).of(table.rows), table.rows)
     if args.on:
         return _run_on(args, table, executor)
+    table = kept(table)
     table.save(Store(table.url))
     code = drive(table, executor, args.workers, retry=args.retry)
-    return code or _ended(table)
+    return code or _ended(read_table(Store(table.url)))
 
 
 def _run_on(args: argparse.Namespace, table: Table, executor: str) -> int:
