@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cluster.commands import checkpoint, config, data, dryrun, fit, plan, run, submit, sweep
+from cluster.commands import checkpoint, config, coordcheck, data, doctor, dryrun, fit, plan, run, submit, sweep, watch
 
 DESCRIPTION = """\
 Trains neural operators and language models, on one process or many, from any object store.
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for family in (run, submit, data, config, checkpoint, dryrun, sweep, fit, plan):
+    for family in (run, submit, watch, doctor, data, config, checkpoint, dryrun, coordcheck, sweep, fit, plan):
         family.register(commands)
     return parser
 

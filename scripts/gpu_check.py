@@ -1,10 +1,14 @@
 """What this machine's CUDA GPU does with Keel: one table, offline, in some minutes.
 
-Every strategy on one GPU, every precision, compilation and recomputation on a small transformer; then the speed of a
-350M transformer and of an FNO. Each row is a real run of Keel in a process of its own; its peak memory stands beside
-what `keel dryrun` plans for it, and its MFU refers to the peak of the device's data sheet.
+Every strategy on one GPU, every precision, compilation and recomputation on a small transformer; saves beside training,
+the guard that undoes bad steps, Muon and averaged weights, each run of these also continued from its last commit in
+another process; then the speed of a 350M transformer and of an FNO. Each row is a real run of Keel in a process of its
+own; its peak memory stands beside what `keel dryrun` plans for it, and its MFU refers to the peak of the device's data
+sheet.
 
     make gpu-check              (or: python scripts/gpu_check.py [--only WORD] [--markdown docs/results/gpu.md])
+
+`--tiny` walks through the same runs with tiny networks on the CPU: it checks this script, not a GPU.
 
 exit code: 0 all runs ended well, 1 some did not, 2 there is no CUDA GPU.
 """
@@ -36,8 +40,16 @@ LARGE = {
     "train.global_batch": 16,
     "train.precision": "bf16-mixed",
 }
+BESIDE = {
+    "checkpoint.background": True,
+    "checkpoint.every": 10,
+    "checkpoint.self_check": True,
+    "checkpoint.part_mib": 16,
+}
+UNDOES = {"recovery.nonfinite": "skip", "recovery.spike": "skip", "recovery.window": 8}
 FNO = {"model.width": 128, "model.modes": "[32,32]", "train.global_batch": 16}
-TINY = {"model.width": 16, "model.depth": 2, "train.global_batch": 2, "train.max_steps": 3}
+TINY = {"model.width": 16, "model.depth": 2, "train.global_batch": 2, "train.max_steps": 3, "checkpoint.every": 2}
+MORE_STEPS = 5  # of a run that is continued
 
 # Name -> (kind, overrides).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,6 +77,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "transformer",
         {**SMALL, "strategy.name": "fsdp", "train.precision": "bf16-mixed", "train.compile": True},
     ),
+    "fsdp, saved beside training, continued": ("transformer", {**SMALL, **BESIDE, "strategy.name": "fsdp"}),
+    "fsdp, 16-mixed, averaged, continued": (
+        "transformer",
+        {**SMALL, **BESIDE, "strategy.name": "fsdp", "train.precision": "16-mixed", "train.ema_decay": 0.99},
+    ),
+    "fsdp, bad steps undone, continued without": (
+        "transformer",
+        {**SMALL, **BESIDE, **UNDOES, "strategy.name": "fsdp"},
+    ),
+    "fsdp, continued with bad steps undone": ("transformer", {**SMALL, **BESIDE, "strategy.name": "fsdp"}),
+    "fsdp, muon, bad steps undone, continued": (
+        "transformer",
+        {**SMALL, **BESIDE, **UNDOES, "strategy.name": "fsdp", "optim.name": "muon"},
+    ),
     "350M transformer, bf16-mixed": ("transformer", {**LARGE, "strategy.name": "fsdp"}),
     "350M transformer, bf16-mixed, compiled": (
         "transformer",
@@ -72,6 +98,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fno 64x64": ("fno", FNO),
     "fno 64x64, bf16-mixed": ("fno", {**FNO, "train.precision": "bf16-mixed"}),
+}
+# Name -> what is changed when the run is continued.
+CONTINUED: dict[str, dict[str, Any]] = {name: {} for name in CASES if name.endswith(", continued")} | {
+    "fsdp, bad steps undone, continued without": {"recovery.nonfinite": "stop", "recovery.spike": "ignore"},
+    "fsdp, continued with bad steps undone": UNDOES,
 }
 STEPS = 30
 TIMEOUT_SECONDS = 600
@@ -92,8 +123,8 @@ def load(name: str, data: str, url: str, tiny: bool) -> Any:
     return configs.load(raw, [f"{key}={value}" for key, value in changes.items()])
 
 
-def child(url: str) -> dict[str, Any]:
-    """Trains the run at `url` in this process."""
+def child(url: str, resume: bool) -> dict[str, Any]:
+    """Trains, or continues, the run at `url` in this process."""
     import lightning.pytorch as pl
 
     from trainer import config as configs
@@ -112,14 +143,15 @@ def child(url: str) -> dict[str, Any]:
         return watch
 
     run.assemble = with_mark
-    record = run.fit(configs.load(f"{url}/config.yaml"))
+    record = run.fit(configs.load(f"{url}/config.yaml"), resume=resume)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"throughput": record["throughput"], "status": record["status"], "loss": record["loss"], "peak": peak}
+    names = ("throughput", "status", "loss", "steps", "attempts")
+    return {"peak": peak, **{name: record[name] for name in names}}
 
 
 def run_case(name: str, data: str, url: str, tiny: bool) -> dict[str, Any]:
     """Plan and real run of a case; `error` says in a line why there is none."""
-    from trainer.lifecycle import prepare_new
+    from trainer.lifecycle import prepare_new, prepare_resume
     from trainer.planning.simulate import trace
 
     found: dict[str, Any] = {"name": name}
@@ -127,18 +159,28 @@ def run_case(name: str, data: str, url: str, tiny: bool) -> dict[str, Any]:
         config = load(name, data, url, tiny)
         found["planned"] = trace(config, accelerator=not tiny).peak
         prepare_new(config)
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", url],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            return found | {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-        return found | json.loads(done.stdout.strip().splitlines()[-1])
+        found |= start(url)
+        if name in CONTINUED and "error" not in found:
+            steps = config.train.max_steps + MORE_STEPS
+            changes = {"train.max_steps": steps, **CONTINUED[name]}
+            prepare_resume(url, [f"{key}={value}" for key, value in changes.items()])
+            again = start(url, "--resume")
+            ended = again.get("status"), again.get("steps"), again.get("attempts")
+            if ended != ("ok", steps, 2):
+                return found | {"error": "continued: " + again.get("error", f"status, steps, attempts are {ended}")}
+            found["continued"] = again
+        return found
     except (ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
         return found | {"error": " ".join(str(error).split())}
+
+
+def start(url: str, *words: str) -> dict[str, Any]:
+    """What `child` returns, in a process of its own; `error` if it failed."""
+    command = [sys.executable, __file__, "--child", url, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def line(found: dict[str, Any]) -> list[Any]:
@@ -153,7 +195,7 @@ def line(found: dict[str, Any]) -> list[Any]:
     measured, ratio = (f"{peak / 2**30:.3g}", f"{planned / peak:.3f}") if peak else ("-", "-")
     return [
         found["name"],
-        found["status"],
+        found["status"] + (", continued" if "continued" in found else ""),
         1e3 / speed["steps_per_s"],
         rate,
         mfu,
@@ -165,7 +207,7 @@ def line(found: dict[str, Any]) -> list[Any]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(sys.argv[2])))
+        print(json.dumps(child(sys.argv[2], "--resume" in sys.argv[3:])))
         return 0
     from _table import parser, save, show
 

@@ -22,7 +22,7 @@ from tests.helpers.slurm import SlurmCluster, slurm_script
 
 CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
 
-SERVERS = ("slurm_server", "ceph_server")  # one of each per machine, and slow to start
+SERVERS = ("ray_server", "slurm_server", "ceph_server")  # one of each per machine, and slow to start
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -5,7 +5,7 @@
 
 Exit codes: 0 done (a diverged run is a result, too), 2 bad input (one line on stderr), 69 the store did not answer in time
 (one line; a later start may succeed), 75 preempted by SIGTERM or SIGUSR1 after a save or before there was anything to
-save, 76 ended by the watchdog, 130 interrupted by SIGINT likewise, 1 any other failure.
+save, 76 ended by the watchdog, 130 interrupted by SIGINT likewise, or cancelled, 1 any other failure.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 
 from trainer import restarts, signals
 
-_EXITS = {"preempted": signals.EXIT_PREEMPTED, "interrupted": signals.EXIT_INTERRUPTED}  # by status of the run
+# by status of the run
+_EXITS = {"preempted": signals.EXIT_PREEMPTED} | dict.fromkeys(("interrupted", "cancelled"), signals.EXIT_INTERRUPTED)
 
 
 def main(argv: list[str] | None = None) -> int:

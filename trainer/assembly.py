@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from datamodules.store import Store
 from modules.tasks.base import Task
+from trainer import signals
 from trainer.callbacks import loggers, parity
 from trainer.callbacks.checkpoint import Checkpoint
 from trainer.callbacks.diagnostics import DiagnosticsLog
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.guard import NONFINITE
+from trainer.callbacks.heartbeat import Heartbeat
 from trainer.callbacks.metrics import MetricsLog
 from trainer.callbacks.preemption import Preemption
 from trainer.callbacks.progress import Progress
@@ -38,7 +40,7 @@ from trainer.config import to_dict
 from trainer.distributed import on_rank_zero
 from trainer.flops import peak_and_source
 from trainer.outcome import LOSS_WINDOW
-from trainer.records import MetricsWriter, TraceWriter, read_attempts, read_metrics
+from trainer.records import MetricsWriter, TraceWriter, read_attempts
 from trainer.rollback import SkipWindow, skips
 from trainer.schema import RunConfig
 
@@ -51,7 +53,6 @@ class Parts:
         store: the run's URL.
         checkpointer: over `store`'s `checkpoints/`.
         attempt: number of this attempt, 1 for the first.
-        resume_step: the step that is continued from; None: a fresh start.
         flops: forward and backward of one sample; None: not counted.
         trace: where the ids of samples go, if anywhere.
         rollback: what this attempt goes back for, if it does.
@@ -66,7 +67,6 @@ class Parts:
     task: Task
     data: Any
     attempt: int
-    resume_step: int | None
     flops: int | None
     writer: MetricsWriter
     trace: TraceWriter | None
@@ -82,6 +82,7 @@ class Watch:
     recovery: Recovery
     preemption: Preemption
     throughput: Throughput
+    heartbeat: Heartbeat
     pruning: Pruning | None = None
     callbacks: list[pl.Callback] = field(default_factory=list)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
@@ -139,7 +140,25 @@ def assemble(parts: Parts) -> Watch:
         event=metrics.event,
         val_every=config.train.val_every,
     )
-    watch = Watch(metrics, recovery, preemption, throughput)
+    heartbeat = Heartbeat(
+        parts.store,
+        metrics,
+        watchdog,
+        about={
+            "name": config.name,
+            "attempt": parts.attempt,
+            "max_steps": config.train.max_steps,
+            "accelerator": name,
+            "strategy": config.strategy.name,
+            "tokens_per_sample": task.tokens_per_sample(),
+            "parameters": sum(p.numel() for p in task.network.parameters()),
+        },
+        committed=lambda: (
+            parts.checkpointer.committed or (parts.strategy.loaded and (parts.strategy.loaded, 0.0)) or None
+        ),
+        obey=signals.ask,
+    )
+    watch = Watch(metrics, recovery, preemption, throughput, heartbeat)
     skipped = config.recovery.nonfinite == "skip"
     metrics.subscribe(
         lambda rows: watch.losses.extend(
@@ -165,8 +184,8 @@ def assemble(parts: Parts) -> Watch:
     if judged is not None:
         watch.pruning = Pruning(judged, parts.store, metrics, lambda: mean(watch.losses))
         callbacks.append(watch.pruning)
-    if on_rank_zero(lambda: _validation_is_missing(parts.store, config, parts.resume_step)):
-        callbacks.append(MissedValidation())
+    if config.train.val_every:
+        callbacks.append(MissedValidation(parts.store, config.train.val_every))
     if config.log.progress and rank == 0:
         callbacks.append(
             Progress(
@@ -176,12 +195,11 @@ def assemble(parts: Parts) -> Watch:
                 name=config.name,
             )
         )
+    callbacks.append(heartbeat)
     callbacks.append(watchdog.ready)
     loggers.check(config.log)  # on all ranks: they have the same packages
     if rank == 0:
-        kinds = loggers.sinks(
-            config.log, parts.store, name=config.name, settings=to_dict(config), resume_step=parts.resume_step
-        )
+        kinds = loggers.sinks(config.log, parts.store, name=config.name, settings=to_dict(config))
         callbacks.append(loggers.Loggers(metrics, parts.store, kinds))
     callbacks.append(throughput)  # last
     return watch
@@ -197,12 +215,3 @@ def before_save(metrics: MetricsLog, check: SelfCheck | None) -> None:
     metrics.flush(wait=False)
     if check is not None:
         check.measure()
-
-
-def _validation_is_missing(store: Store, config: RunConfig, resume_step: int | None) -> bool:
-    """Whether the run was killed between a save and the validation of the same step."""
-    if not resume_step or not config.train.val_every or resume_step % config.train.val_every:
-        return False
-    return not any(
-        row["step"] == resume_step and any(name.startswith("val/") for name in row) for row in read_metrics(store)
-    )

@@ -69,6 +69,10 @@ def check(config: RunConfig) -> None:
         strategy.check_run(config)
         for diagnostic in diagnostics.build(config.diagnostics.names).values():
             diagnostic.check(task)
+        if config.checkpoint.best:
+            names = [f"val/{name}" for name in task.metric_names()]
+            if config.checkpoint.best not in names:
+                raise ValueError(f"checkpoint.best={config.checkpoint.best}: validation gives {', '.join(names)}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -83,8 +87,7 @@ def measure(config: RunConfig) -> tuple[int, int]:
 def network_of(config: RunConfig) -> nn.Module:
     """The network that `build` gives for a config, without a task or data: the same parameters bit for bit."""
     torch.manual_seed(config.seed)
-    network: nn.Module = model_registry.lookup("model", config.model.name)[1](config.model)
-    return network
+    return _network(config)
 
 
 def flops_per_sample(config: RunConfig) -> int:
@@ -104,16 +107,16 @@ def flops_per_sample(config: RunConfig) -> int:
 
 
 def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
-    _, network_class = model_registry.lookup("model", config.model.name)
     _, task_class = model_registry.lookup("task", config.task.name)
+    return task_class(made(lambda: _network(config)), config.task)
+
+
+def _network(config: RunConfig) -> nn.Module:
+    """The network with the initial values and the factors that its parametrisation gives it."""
+    network: nn.Module = model_registry.lookup("model", config.model.name)[1](config.model)
     scheme, base = _scheme(config)
-
-    def network() -> nn.Module:
-        made: nn.Module = network_class(config.model)
-        scheme.apply(made, base, _case(config))
-        return made
-
-    return task_class(made(network), config.task)
+    scheme.apply(network, base, _case(config))
+    return network
 
 
 def rules(config: RunConfig, task: Task) -> dict[str, Rule]:

@@ -33,7 +33,8 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """`value` as JSON takes it: non-finite numbers as strings, arrays as lists. Raises TypeError for what JSON cannot hold."""
     if isinstance(value, float):
         return (
             value
@@ -45,11 +46,11 @@ def _strict(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if hasattr(value, "tolist"):  # numpy and torch
-        return _strict(value.tolist())
+        return strict(value.tolist())
     raise TypeError(
         f"a record cannot hold {value!r} of type {type(value).__name__}; use numbers, strings, lists, dicts"
     )
@@ -67,7 +68,7 @@ def _loose(value: Any) -> Any:
 
 def encode(row: Mapping[str, Any]) -> bytes:
     """One row as one line of strict JSON with its newline. Raises TypeError for what JSON cannot hold."""
-    return json.dumps(_strict(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(strict(row), allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(data: bytes) -> list[Row]:

@@ -10,6 +10,7 @@ COUNT = "KEEL_RESTARTS"
 CAUSE = "KEEL_RESTART_CAUSE"
 
 PARENT_PID = "KEEL_PARENT_PID"
+NODE, HEARTBEAT = "KEEL_NODE", "KEEL_HEARTBEAT_S"  # number of this node; seconds between two heartbeats
 
 EXIT_HANG = 76  # the watchdog ended the process
 EXIT_UNAVAILABLE = 69  # the store did not answer in time, or throttled: a later start may succeed

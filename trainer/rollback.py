@@ -13,8 +13,8 @@ import lightning.pytorch as pl
 
 from datamodules.store import Store
 from trainer.callbacks.recovery import Rollback
-from trainer.checkpoint import committed_steps, step_name
-from trainer.checkpoint.manifest import MARKER
+from trainer.checkpoint import committed_steps
+from trainer.checkpoint.retention import Ledger
 from trainer.records import read_attempts
 
 log = logging.getLogger("keel.run")
@@ -25,14 +25,12 @@ def go_back(checkpoints: Store, wanted: Rollback, commits: int) -> int | None:
 
     Later commits are removed, so that no resume takes them up. One process calls it.
     """
-    steps = committed_steps(checkpoints)
+    steps, ledger = committed_steps(checkpoints), Ledger(checkpoints)
     good = [step for step in steps if step < wanted.step]
     target = good[-min(commits, len(good))] if good else None
     for step in reversed(steps):
         if target is None or step > target:
-            folder = checkpoints.sub(step_name(step))
-            folder.delete(MARKER)
-            folder.delete_tree("")
+            ledger.remove(step)
     log.warning("step %d: %s; back to step %d", wanted.step, wanted.why, target or 0)
     return target
 

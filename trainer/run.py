@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from datamodules.store import Store, join_url
 from trainer import config as configs
-from trainer import restarts, signals, strategies
+from trainer import restarts, signals, status, strategies
 from trainer.assembly import Parts, assemble, mean
 from trainer.build import accelerator_name, build, optimizer_and_scheduler, rules
 from trainer.callbacks.recovery import Rollback
@@ -93,6 +93,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
             if not isinstance(outcome, Rollback):
+                _say_how_it_ended(store, record)
                 return outcome
             rollback = outcome
             commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
@@ -108,6 +109,7 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         if dist.get_rank() == 0:
             with contextlib.suppress(Exception):
                 write_record(store, record)
+        _say_how_it_ended(store, record)
         raise
     finally:
         signals.release()
@@ -166,7 +168,6 @@ def _fit(
             task=task,
             data=data,
             attempt=attempt,
-            resume_step=resume_step,
             flops=flops,
             writer=writer,
             trace=trace,
@@ -181,6 +182,7 @@ def _fit(
         trainer.fit(task, datamodule=data, ckpt_path=path)
     finally:
         with contextlib.ExitStack() as stack:  # each is closed even if another fails
+            stack.callback(watch.heartbeat.stop)
             stack.callback(writer.close)
             if trace is not None:
                 stack.callback(trace.close)
@@ -188,15 +190,17 @@ def _fit(
         return recovery.rollback
     steps = trainer.global_step
     samples = steps * config.train.global_batch
-    status = "ok"
+    ending = "ok"
     if not recovery.healthy:
-        status = "diverged"
+        ending = "diverged"
     elif preemption.signal is not None and steps < config.train.max_steps:
-        status = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        ending = "interrupted" if preemption.signal == signal.SIGINT else "preempted"
+        if on_rank_zero(lambda: status.requested(store)):
+            ending = "cancelled"
     elif watch.pruning is not None and watch.pruning.why:
-        status = "pruned"
+        ending = "pruned"
     record |= {
-        "status": status,
+        "status": ending,
         "steps": steps,
         "samples": samples,
         "tokens": samples * task.tokens_per_sample() if task.tokens_per_sample() > 1 else None,
@@ -218,6 +222,12 @@ def _fit(
     }
     on_rank_zero(lambda: write_record(store, record))
     return record
+
+
+def _say_how_it_ended(store: Store, record: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # the record says it, too
+            status.ended(store, record)
 
 
 def _trainer(config: RunConfig, accelerator: str, strategy: Any, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -51,6 +51,12 @@ def received() -> int:
     return _received
 
 
+def ask() -> None:
+    """As if this process had received SIGTERM since `note`; from any thread."""
+    global _received
+    _received = _received or signal.SIGTERM
+
+
 def release() -> None:
     """The handlers from before `note`, and no signal received."""
     global _received

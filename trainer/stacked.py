@@ -10,6 +10,7 @@ steps are proportional to the rate, so each run's step is that one times its own
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -107,10 +108,17 @@ def train(stack: Sequence[RunConfig]) -> list[dict[str, Any]]:
     task, data = build(first)
     data.configure(1, 0)
     by_name = rules(first, task)
+    if first.parametrization.name != "standard" and any(rules(config, task) != by_name for config in stack):
+        raise ConfigError(
+            "parametrization: its rules are not the same at all rates, as a stack of networks needs (decay=independent "
+            "does that); set packed.stacked=false"
+        )
     parameters, _ = stack_module_state([network_of(config) for config in stack])
     parameters = {name: value.detach().to(device).requires_grad_() for name, value in parameters.items()}
     module = _Loss(task.to(device)).train()
-    groups = parametrization.groups(parameters, by_name, lr=1.0, weight_decay=first.optim.weight_decay)
+    groups = parametrization.groups(
+        parameters, by_name, lr=1.0, weight_decay=first.optim.weight_decay, eps=getattr(first.optim, "eps", None)
+    )
     optimizer = optim.lookup(first.optim.name)[1](dataclasses.replace(first.optim, lr=1.0), groups)
     rates = torch.tensor([config.optim.lr for config in stack], device=device)
     run = _Run(first, module, parameters, optimizer, rates)
@@ -125,6 +133,7 @@ def train(stack: Sequence[RunConfig]) -> list[dict[str, Any]]:
         if not bool(run.alive.any()):
             break
     spec = data.spec()
+    _known.setdefault(kind(first), first)
     return _records(stack, run, metrics, spec["fingerprint"], time.monotonic() - started, task)
 
 
@@ -206,13 +215,23 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+# Thousands of stacks are of few kinds, and of one process.
+_known: dict[str, RunConfig] = {}
+_environment = functools.cache(environment)
+
+
+@functools.cache
+def _flops(of: str) -> int:
+    return flops_per_sample(_known[of])
+
+
 def _records(
     stack: Sequence[RunConfig], run: _Run, metrics: dict[str, Tensor], fingerprint: str, seconds: float, task: Any
 ) -> list[dict[str, Any]]:
     losses = torch.stack(list(run.losses)).double().mean(0).tolist()
     sound = (run.alive & run.finite()).tolist()
     values = {name: value.tolist() for name, value in metrics.items()}
-    where, flops, each = environment(), flops_per_sample(stack[0]), seconds / len(stack)
+    where, flops, each = _environment(), _flops(kind(stack[0])), seconds / len(stack)
     parameters = sum(p[0].numel() for p in run.parameters.values())
     found = []
     for k, config in enumerate(stack):

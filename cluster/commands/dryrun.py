@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
 def dryrun(args: argparse.Namespace) -> int:
     from trainer import config as configs
     from trainer.config import ConfigError
-    from trainer.planning.advice import what_fits
+    from trainer.planning.advice import changes_numbers, what_fits
     from trainer.planning.devices import find
     from trainer.planning.estimate import plan
 
@@ -53,7 +53,10 @@ def dryrun(args: argparse.Namespace) -> int:
     if made.fits:
         return 0
     found = what_fits(config, device)
-    ways = "; ".join(f"{' '.join(overrides)} ({size(other.trace.peak)})" for overrides, other in found)
+    ways = "; ".join(
+        f"{' '.join(overrides)} ({size(other.trace.peak)}{', with other numbers' if changes_numbers(overrides) else ''})"
+        for overrides, other in found
+    )
     raise ConfigError(
         f"does not fit: a rank needs {size(made.trace.peak)}, {device.name} has {size(made.usable)} for tensors. "
         + (f"What fits: {ways}" if ways else "No sharding, recomputation or micro-batch is enough: take more devices")

@@ -77,7 +77,7 @@ def plan(args: argparse.Namespace) -> int:
     from cluster.laws.analysis import analyse
     from cluster.laws.plan import Asked, at_size, registration
     from cluster.laws.plan import plan as choose
-    from cluster.laws.records import base_config, fingerprint
+    from cluster.laws.records import base_config, fingerprint, loss_column
     from cluster.laws.score import coverage
     from datamodules.store import Store
     from trainer.config import absolute_url, config_hash, read_yaml, to_yaml
@@ -95,7 +95,7 @@ def plan(args: argparse.Namespace) -> int:
         "code": revision(),
         "source": absolute_url(args.source),
         "source_hash": fingerprint(runs),
-        "loss_column": columns_of(args.column).get("loss"),
+        "loss_column": loss_column(args.source, columns_of(args.column)),
     }
     base = read_yaml(args.config) if args.config else base_config(args.source, args.where)
     written = None

@@ -97,6 +97,7 @@ def train(args: argparse.Namespace) -> int:
     refuse_many_machines(config)
     if not _is_worker():
         prepare_new(config)
+        clear(config.url)
         return start(config, resume=False)
     # torchrun has already started one process per rank, and this is one of them: all learn of what only one can do.
     from trainer.build import accelerator_name
@@ -107,11 +108,13 @@ def train(args: argparse.Namespace) -> int:
         return start(config, resume=True)
     init_process_group(accelerator_name(config.resources.accelerator), config.strategy.timeout_seconds)
     on_rank_zero(lambda: prepare_new(config))
+    on_rank_zero(lambda: clear(config.url))
     return start(config, resume=False)
 
 
 def resume(args: argparse.Namespace) -> int:
     from trainer.lifecycle import prepare_resume
+    from trainer.restarts import count
 
     if args.on:
         from cluster.commands.submit import resume_on
@@ -122,6 +125,8 @@ def resume(args: argparse.Namespace) -> int:
     _heed_signals()
     config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
+    if not _is_worker() or (os.environ.get("RANK") == "0" and not count()):
+        clear(config.url)
     return start(config, resume=True)
 
 
@@ -162,6 +167,13 @@ def refuse_many_machines(config: RunConfig) -> None:
         )
 
 
+def clear(url: str) -> None:
+    """Removes what an earlier start of the run said of itself, and a request to end it."""
+    from datamodules.store import Store
+
+    Store(url).delete_tree("status")
+
+
 def start(config: RunConfig, *, resume: bool) -> int:
     """Runs the workers of `config` to their end and says how the run ended; returns the job's exit code."""
     if _is_worker():
@@ -169,9 +181,13 @@ def start(config: RunConfig, *, resume: bool) -> int:
         from trainer.run import fit
 
         return exit_code(fit(config, resume=resume))
-    from cluster.launch import EXIT_OK, EXIT_REQUEUE, Job, launch
+    from cluster.launch import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, Job, launch
     from cluster.launch.budget import newest_commit
+    from cluster.launch.node_watch import NodeWatch
+    from datamodules.store import Store
+    from trainer.status import period
 
+    watch = NodeWatch(Store(config.url), 0, None, period(), together=False)
     resources = config.resources
     arguments = ("trainer", "fit", config.url, *(("--resume",) if resume else ()))
     job = Job(
@@ -180,9 +196,20 @@ def start(config: RunConfig, *, resume: bool) -> int:
         threads=resources.threads,
         max_restarts=config.recovery.max_restarts,
         progress=lambda: newest_commit(config.url),
+        observer=watch,
     )
-    code = launch(job)
-    if code in (EXIT_OK, EXIT_REQUEUE, 130):
+    watch.open()
+    code, reason = 1, "the launcher failed"
+    try:
+        code = launch(job)
+        reason = watch.reason(code)
+    except SystemExit as ended:  # by a signal while no worker ran
+        code = int(str(ended.code))
+        reason = watch.reason(code)
+        raise
+    finally:
+        watch.close(code, reason)
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_INTERRUPTED):
         print(outcome(config.url), flush=True)
     return code
 
@@ -208,7 +235,7 @@ def outcome(url: str) -> str:
         )
     if record["status"] == "diverged":
         parts.append(f"diverged at step {record['diverged_step']}")
-    if record["status"] in ("preempted", "interrupted"):
+    if record["status"] in ("preempted", "interrupted", "cancelled"):
         parts.append(f"continue with: keel resume {url}")
     return f"{url}: {', '.join(parts)}"
 

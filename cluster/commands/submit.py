@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.common import add_command, add_overrides
-from cluster.commands.run import outcome
+from cluster.commands.run import clear, outcome
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
@@ -84,8 +84,8 @@ def submit(args: argparse.Namespace) -> int:
 
 def resume_on(args: argparse.Namespace) -> int:
     """`keel resume URL --on FILE`."""
+    from cluster.commands.watch import ask
     from cluster.launch.cluster_config import load
-    from cluster.launch.job import read_job
     from datamodules.store import Store
     from trainer import config as configs
     from trainer.lifecycle import resumed
@@ -95,9 +95,16 @@ def resume_on(args: argparse.Namespace) -> int:
         raise configs.ConfigError("array has no effect on resume: each task is a run of its own with its own URL")
     cluster = load(args.on, on_cluster)
     store = Store(configs.absolute_url(args.url))
-    job = read_job(store)
-    if job is not None and (state := job.open().state(job.job_id)) in ("queued", "running"):
-        raise ValueError(f"job {job.job_id} of this run is {state} on {job.backend}; `keel cancel {args.url}` ends it")
+    _, verdict, job = ask(store)
+    if job is not None and job["state"] in ("queued", "running"):
+        raise ValueError(
+            f"job {job['id']} of this run is {job['state']} on {job['backend']}; `keel cancel {args.url}` ends it"
+        )
+    if job is not None and job["state"] is None and not verdict.over and verdict.state != "queued":
+        raise ValueError(
+            f"the run is {verdict.state} as job {job['id']} on {job['backend']}, which cannot be asked from here "
+            f"({job['error']}); `keel cancel {args.url}` ends it"
+        )
     raw = configs.read_yaml(store.join("config.yaml")) if store.exists("config.yaml") else {}
     nodes, processes = _shape(cluster, raw, on_run)
     changes = [*on_run, f"resources.nodes={nodes}", f"resources.processes_per_node={processes}"]
@@ -183,7 +190,7 @@ def _send(
     from cluster.launch.cluster_config import environment, seconds
     from cluster.launch.code import code_spec, ship
     from cluster.launch.job import write_job
-    from cluster.launch.kubernetes import Kubernetes
+    from cluster.launch.kubernetes import Kubernetes, name_of
     from cluster.launch.local_backend import Local
     from cluster.launch.spec import JobSpec, passed
     from datamodules.store import NotFound, Store
@@ -229,9 +236,12 @@ def _send(
                 begun.append(Store(task.url))
             else:
                 store_config(url, task)
-            Store(task.url).delete_tree("status")  # of an earlier job
+            clear(task.url)
         ship(code, data)
-        job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
+        if by_hand:
+            job_id = name_of(spec)
+        else:
+            job_id = backend.prepare(spec) if isinstance(backend, Local) and foreground else backend.submit(spec)
     except BaseException:
         for store in begun:  # so that the same command works once the mistake is mended
             store.delete("config.yaml")

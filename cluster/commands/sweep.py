@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.commands.common import add_command, add_overrides, number, print_table
 
 if TYPE_CHECKING:
+    from cluster.sweep.config import SweepConfig
     from cluster.sweep.status import Status
     from cluster.sweep.table import Table
 
@@ -159,42 +160,65 @@ def run(args: argparse.Namespace) -> int:
     from cluster.sweep.drive import drive
     from cluster.sweep.expand import expand
     from cluster.sweep.status import status as look
-    from cluster.sweep.suggest import kept
-    from cluster.sweep.table import read_table
-    from datamodules.store import Store
 
     if not args.on and (args.dry_run or args.detach):
         raise ValueError("--dry-run and --detach need --on, which says where the rows would run")
-    table = expand(load(args.config, args.overrides))
+    config = load(args.config, args.overrides)
+    table = expand(config)
     cap, machine = cap_of(table.sweep)
-    executor = args.executor or table.sweep["executor"]
+    executor = args.executor or config.executor
     refuse_above(cap, Rates(look(table).results, machine).of(table.rows), table.rows)
-    if args.on:
+    if args.on and args.dry_run:
         return _run_on(args, table, executor)
-    table = kept(table)
-    table.save(Store(table.url))
-    code = drive(table, executor, args.workers, retry=args.retry)
-    return code or _ended(read_table(Store(table.url)))
+    while True:
+        table = _extended(config, table)
+        code = _run_on(args, table, executor) if args.on else drive(table, executor, args.workers, retry=args.retry)
+        if (
+            code
+            or not config.grows
+            or look(table).counts["missing"]
+            or len(_extended(config, table).rows) == len(table.rows)
+        ):
+            return code or _ended(table)
+
+
+def _extended(config: SweepConfig, table: Table) -> Table:
+    """The table with what the sweep has added to itself, and adds now that all its rows are done; saved."""
+    from cluster.sweep.adaptive import Adaptive, kept
+    from cluster.sweep.results import Results, is_sweep
+    from cluster.sweep.table import read_table
+    from datamodules.store import Store
+
+    store = Store(table.url)
+    if config.grows:
+        if is_sweep(store):
+            table = table.with_rows(kept(table, read_table(store)))
+        table.save(store)
+        adaptive = Adaptive(config)
+        results = Results(store, config.objective).complete(table)
+        table = table.with_rows(adaptive.additions(table, results))
+        for note in adaptive.notes:
+            print(note, flush=True)
+    table.save(store)
+    return table
 
 
 def _run_on(args: argparse.Namespace, table: Table, executor: str) -> int:
     from cluster.launch.cluster_config import load as load_cluster
     from cluster.sweep.jobs import Cluster
     from cluster.sweep.status import status as look
-    from datamodules.store import Store
 
-    cluster = Cluster(table, load_cluster(args.on), executor, args.workers)
+    cluster = Cluster(table, load_cluster(args.on), executor, args.workers, retry=args.retry)
     again = ("missing", "failed") if args.retry else ("missing",)
     states = look(table).rows
     made = cluster.plan([row for row in table.rows if states[row.id] in again])
     if args.dry_run:
         print("\n".join(made.rendered))
         return 0
-    table.save(Store(table.url))
     ids, code = cluster.submit(made, foreground=not args.detach)
     if ids:
         print(f"jobs {', '.join(ids)} on {cluster.cluster.backend}; watch them with: keel sweep status {table.url}")
-    return code or _ended(table)
+    return code
 
 
 def _ended(table: Table) -> int:

@@ -26,6 +26,7 @@ EXIT_UNAVAILABLE = 69  # the store did not answer in time: a later start may suc
 EXIT_HANG = 76  # the watchdog ended the process
 EXIT_LOST = 74  # the nodes did not meet, or lost each other
 EXIT_REQUEUE = 75  # preempted after a save: start the run again and it continues
+EXIT_INTERRUPTED = 130  # interrupted or cancelled after a save: nobody wants it started again
 
 PARENT_PID = "KEEL_PARENT_PID"
 WORKER_LOGS = "KEEL_WORKER_LOGS"  # folder of rank-<r>.log: where workers write when the job has an observer
@@ -35,6 +36,7 @@ RESTARTS, RESTART_CAUSE = "KEEL_RESTARTS", "KEEL_RESTART_CAUSE"
 BACKENDS = {
     "local": "cluster.launch.local_backend:Local",
     "kubernetes": "cluster.launch.kubernetes:Kubernetes",
+    "ray": "cluster.launch.ray:Ray",
     "slurm": "cluster.launch.slurm:Slurm",
 }
 
@@ -72,7 +74,9 @@ class Start:
 
 
 class Observer:
-    """What a node does beside its workers. Workers of an observed job write to files, below the folder `WORKER_LOGS`."""
+    """What a node does beside its workers. With `logs`, workers write to files, below the folder `WORKER_LOGS`."""
+
+    logs = True
 
     def attempt(self) -> int:
         """The number that the next start of the run will have, as this node knows it."""
@@ -83,7 +87,7 @@ class Observer:
         return {}
 
     def starting(self, start: Start) -> Mapping[str, str]:
-        """Called before each start of the workers; returns variables for their environment, `WORKER_LOGS` among them."""
+        """Called before each start of the workers; returns variables for their environment: `WORKER_LOGS`, with `logs`."""
         return {}
 
     def stopped(self, cause: str) -> None:
@@ -107,7 +111,7 @@ class Job:
             failure. An OSError tells nothing.
         restart_wait_s: pause before the first restart; it doubles with each without progress, up to a minute.
         group: the other nodes of the job; None when there is only this one.
-        observer: learns of each start; with one, all workers write to files instead of this terminal.
+        observer: learns of each start, and may have all workers write to files instead of this terminal.
     """
 
     args: tuple[str, ...]
@@ -131,6 +135,11 @@ class Job:
             raise ValueError(f"threads={self.threads}: must be at least 1, or 0 to share the cores out")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts={self.max_restarts}: must be at least 0")
+
+    @property
+    def logged(self) -> bool:
+        """Whether the workers write to files of the observer."""
+        return self.observer is not None and self.observer.logs
 
     @property
     def threads_per_process(self) -> int:

@@ -52,7 +52,8 @@ class Backend(Protocol):
         ...
 
     def state(self, job_id: str) -> str:
-        """One of `STATES`; a job that the cluster no longer knows is `unknown`."""
+        """One of `STATES`; a job that the cluster no longer knows is `unknown`. Here and below the id may be that of one
+        task of an array: JOB_TASK."""
         ...
 
     def cancel(self, job_id: str) -> None:

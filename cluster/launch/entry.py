@@ -10,6 +10,7 @@ Backends tell the node where it stands by its environment, so that the command i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cluster.launch.spec import JobSpec
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 NODE, RENDEZVOUS, JOB_ID, ARRAY_INDEX = "KEEL_NODE", "KEEL_RENDEZVOUS", "KEEL_JOB", "KEEL_ARRAY_INDEX"
 CODE_CACHE = "KEEL_CODE_CACHE"  # folder for unpacked snapshots; default: in the folder for temporary files
+_NODE = "cluster.launch.node"
 
 # Runs on a node where Keel may not be installed, only what it needs (fsspec, and s3fs for s3://). The archive is checked,
 # unpacked under its own digest, moved into place at once, and the node starts from there.
@@ -58,8 +60,11 @@ os.execv(sys.executable, [sys.executable, "-P", "-m", "cluster.launch.node", *ar
 """
 
 
-def node_command(spec: JobSpec, cluster: ClusterConfig, *, python: str = "") -> list[str]:
-    """The command line of one node, the same on all: words, not yet quoted for a shell.
+def node_command(
+    spec: JobSpec, cluster: ClusterConfig, *, python: str = "", time_limit_s: float | None = None
+) -> list[str]:
+    """The command line of one node, the same on all: words, not yet quoted for a shell. `time_limit_s`: after this long the
+    node itself tells its workers to save and end, where the backend does not.
 
     With `code.how=path` it needs PYTHONPATH to begin with `code.where` (see `node_environment`).
     """
@@ -68,13 +73,19 @@ def node_command(spec: JobSpec, cluster: ClusterConfig, *, python: str = "") -> 
     arguments = ["--run", spec.run_url, "--nodes", nodes, "--processes", str(spec.processes)]
     arguments += ["--restarts", str(spec.retries), "--heartbeat", f"{cluster.heartbeat_s:g}"]
     arguments += ["--grace", f"{cluster.grace_s:g}"]
+    arguments += [] if time_limit_s is None else ["--time-limit", f"{time_limit_s:g}"]
     if spec.nodes > 1 or spec.max_nodes > 1:
         rendezvous = cluster.rendezvous
         arguments += ["--join-timeout", f"{rendezvous.join_timeout_s:g}", "--lost", f"{rendezvous.lost_s:g}"]
-    arguments += ["--", *spec.command]
+    return module_command(spec, interpreter, _NODE, [*arguments, "--", *spec.command])
+
+
+def module_command(spec: JobSpec, interpreter: str, module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of a module of Keel, with the code from where the spec says."""
     if spec.code.how == "snapshot":
-        return [interpreter, "-P", "-c", BOOTSTRAP, spec.code.where, spec.code.digest, *arguments]
-    return [interpreter, "-P", "-m", "cluster.launch.node", *arguments]
+        bootstrap = BOOTSTRAP.replace(_NODE, module)
+        return [interpreter, "-P", "-c", bootstrap, spec.code.where, spec.code.digest, *arguments]
+    return [interpreter, "-P", "-m", module, *arguments]
 
 
 def node_environment(spec: JobSpec) -> dict[str, str]:

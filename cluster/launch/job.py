@@ -34,6 +34,11 @@ class JobFile:
     cluster: ClusterConfig
     submitted: float
 
+    @property
+    def task_id(self) -> str:
+        """The id of this run alone: JOB_TASK, where it is a task of an array."""
+        return self.job_id if self.index is None else f"{self.job_id}_{self.index}"
+
     def open(self) -> Backend:
         """The backend that the job was submitted to."""
         return open_backend(self.cluster)

@@ -54,7 +54,11 @@ def why(said: str) -> str:
     lines = [
         line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("Warning:", "E0", "E1"))
     ]
-    text = re.sub(r"^(error|Error from server( \(\w+\))?):\s*", "", lines[-1] if lines else "it said nothing")
+    text = re.sub(
+        r"^(error|Error in configuration|Error from server( \(\w+\))?):\s*",
+        "",
+        lines[-1] if lines else "it said nothing",
+    )
     text = re.sub(r"^error when \w+ \"[^\"]*\": ", "", text)
     if re.search(
         r"[Uu]nable to connect to the server|connection to the server|no configuration has been provided", said

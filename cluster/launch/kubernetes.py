@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
 
 # Of the states of an array's tasks the first in this order is that of the array.
-_ORDER = ("running", "queued", "failed", "done")
+_ORDER = ("running", "queued", "failed", "cancelled", "done")
 # A pod's name, in which a job's is followed by those of its parts and by numbers, has 63 characters.
 _LONGEST = 35
 
@@ -56,6 +56,10 @@ class Kubernetes:
     def check(self, spec: JobSpec) -> None:
         """Raises ValueError or OSError where the cluster would refuse the job, or its pods could never start."""
         self._refuse(spec)
+        if not self.options.apply:
+            raise ValueError(
+                "kubernetes.apply=false: nothing would be queued; set kubernetes.apply=true, or apply what --dry-run prints"
+            )
         state = self.state(name_of(spec))
         if state in ("queued", "running"):
             raise ValueError(f"job {name_of(spec)} of this run is {state}; `keel cancel {spec.run_urls[0]}` ends it")
@@ -65,12 +69,11 @@ class Kubernetes:
         self._check_quota(spec)
 
     def submit(self, spec: JobSpec) -> str:
-        """Gives the manifest to kubectl, if `apply` says so, and returns the job's name."""
+        """Gives the manifest to kubectl and returns the job's name. Raises as `check`."""
+        self.check(spec)
         name = name_of(spec)
-        if self.options.apply:
-            self.check(spec)
-            self._delete(name, wait=True)
-            self._kubectl("apply", "-f", "-", stdin=self.render(spec))
+        self._delete(name, wait=True)
+        self._kubectl("apply", "-f", "-", stdin=self.render(spec))
         return name
 
     def state(self, job_id: str) -> str:
@@ -94,13 +97,14 @@ class Kubernetes:
     def cancel(self, job_id: str) -> None:
         """Deletes the job: its pods are told to save and end. One that has ended is left alone."""
         if self.state(job_id) in ("queued", "running"):
-            self._delete(job_id, wait=False)
+            told = self.kind.stop is not None and self.kind.stop(self._kubectl, _selector(job_id))
+            if not told:
+                self._delete(job_id, wait=False)
 
     def logs(self, job_id: str, node: int) -> Iterator[str]:
-        """What the node's pod has printed since it last started."""
-        selector = f"{_selector(job_id)},{self.kind.node(node)}"
+        """What the node has printed, in its pod as it is now."""
         try:
-            yield from self._kubectl("logs", "-l", selector, "--tail=-1").splitlines()
+            yield from self.kind.logs(self._kubectl, _selector(job_id), node)
         except KubectlError as error:
             if "waiting to start" not in str(error) and not isinstance(error, Missing):
                 raise

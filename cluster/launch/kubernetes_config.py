@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("jobset", "pytorchjob", "trainjob", "job")
+KINDS = ("jobset", "pytorchjob", "trainjob", "rayjob", "job")
 PULL = ("", "Always", "IfNotPresent", "Never")
 
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|Ki|[MGTPE]i?)?")
@@ -56,7 +56,7 @@ class KubernetesConfig:
 
     Attributes:
         kind: `jobset` (JobSet), `pytorchjob` (Kubeflow's training operator, v1), `trainjob` (Kubeflow Trainer, v2),
-            or `job` (a plain indexed Job, which needs nothing installed).
+            `rayjob` (KubeRay), or `job` (a plain indexed Job, which needs nothing installed).
         apply: whether `keel submit` gives the manifest to kubectl itself; otherwise it prints it.
         context, namespace: as in kubectl.
         queue: Kueue's LocalQueue.

@@ -11,17 +11,20 @@ the last commit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.launch import EXIT_LOST, EXIT_REQUEUE
-from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, pod
+from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE, kubernetes_ray
+from cluster.launch.kubectl import Kubectl
+from cluster.launch.kubernetes_pods import INDEX, RUN, Object, labels, node_pod
 from cluster.launch.spec import JobSpec
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
 
+# After these a node may be started again, but not for ever.
+_AGAIN = (EXIT_UNAVAILABLE, EXIT_LOST)
 # What killed the node itself, and not its workers: out of memory, or a signal before it could take one.
 _KILLED = (137, 143)
 
@@ -35,8 +38,10 @@ class Kind:
         others: resources that belong to the job beside it and its pods.
         elastic: whether a job may start with fewer nodes than it may have.
         objects: (spec, cluster, name, job id, task of an array) -> the objects of one job.
-        ended: the job's object -> `done` or `failed`; "" while it goes on.
-        node: number of a node -> selector of its pod.
+        ended: the job's object -> `done`, `failed` or `cancelled`; "" while it goes on.
+        logs: (kubectl, selector of the job, number of a node) -> what the node printed.
+        stop: (kubectl, selector of the job) -> whether the job was told to save and end; None: its pods are, when it is
+            deleted.
     """
 
     resource: str
@@ -44,7 +49,8 @@ class Kind:
     elastic: bool
     objects: Callable[[JobSpec, ClusterConfig, str, str, int | None], list[Object]]
     ended: Callable[[Object], str]
-    node: Callable[[int], str]
+    logs: Callable[[Kubectl, str, int], Iterator[str]]
+    stop: Callable[[Kubectl, str], bool] | None = None
 
 
 def _of_task(text: str, task: int | None) -> str:
@@ -69,14 +75,14 @@ def _head(
 # ------------------------------------------------------------------------------------------------------- indexed Jobs
 def _job_spec(spec: JobSpec, cluster: ClusterConfig, template: Object) -> Object:
     size = max(spec.nodes, spec.max_nodes)
-    counted = [EXIT_LOST, *_KILLED] if spec.retries else []
+    counted = [*_AGAIN, *_KILLED] if spec.retries else []
     again: list[Object] = []
     if spec.requeue:
         again = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_REQUEUE]}},
         ]
-        counted = sorted([*counted, EXIT_REQUEUE])
+        counted = sorted([EXIT_REQUEUE, *counted])
     fatal = {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": counted}}
     found: Object = {
         "completions": size,
@@ -99,8 +105,8 @@ def _many(spec: JobSpec) -> bool:
 
 
 def _numbered(spec: JobSpec, cluster: ClusterConfig, job_id: str, task: int | None, host: str) -> Object:
-    index = {"valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    return pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
+    index = {"fieldRef": {"fieldPath": INDEX}}
+    return node_pod(spec, cluster, job_id, task, host=host if _many(spec) else "", node=index)
 
 
 def _kept(cluster: ClusterConfig) -> Object:
@@ -165,12 +171,12 @@ def _trainjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, tas
 # ----------------------------------------------------------------------------------------------------------- PyTorchJob
 def _pytorchjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, task: int | None) -> list[Object]:
     # The operator starts a pod again when its exit code is 128 or more; it does not count.
-    again = [EXIT_REQUEUE] * spec.requeue + [EXIT_LOST] * bool(spec.retries)
+    again = [EXIT_REQUEUE] * spec.requeue + list(_AGAIN) * bool(spec.retries)
     lines = ['"$@" &', "node=$!", """trap 'kill -TERM "$node"' TERM"""]
     lines += ['while kill -0 "$node" 2>/dev/null; do wait "$node"; done', 'wait "$node"', "code=$?"]
     lines += [f'if [[ "$code" == {code} ]]; then code={128 + code}; fi' for code in again]
     shell = "\n".join(['export KEEL_NODE="$RANK"', *lines, 'exit "$code"'])
-    template = pod(
+    template = node_pod(
         spec,
         cluster,
         job_id,
@@ -201,27 +207,41 @@ def _conditions(done: str, failed: str) -> Callable[[Object], str]:
     return ended
 
 
-def _by_index(node: int) -> str:
+def _rayjob(spec: JobSpec, cluster: ClusterConfig, name: str, job_id: str, task: int | None) -> list[Object]:
+    head = _head("ray.io/v1", "RayJob", name, job_id, task, spec, cluster)
+    return [head | {"spec": kubernetes_ray.spec_of(spec, cluster, job_id, task)}]
+
+
+def _pod_logs(selector: Callable[[int], str]) -> Callable[[Kubectl, str, int], Iterator[str]]:
+    def logs(ask: Kubectl, job: str, node: int) -> Iterator[str]:
+        return iter(ask("logs", "-l", f"{job},{selector(node)}", "--tail=-1").splitlines())
+
+    return logs
+
+
+def _index(node: int) -> str:
     return f"batch.kubernetes.io/job-completion-index={node}"
 
 
-def _by_replica(node: int) -> str:
+def _replica(node: int) -> str:
     role = "training.kubeflow.org/replica-type"
     return f"{role}=worker,training.kubeflow.org/replica-index={node - 1}" if node else f"{role}=master"
 
 
+_indexed = _pod_logs(_index)
 KIND: dict[str, Kind] = {
-    "job": Kind("jobs.batch", ("services",), True, _job, _conditions("Complete", "Failed"), _by_index),
-    "jobset": Kind("jobsets.jobset.x-k8s.io", (), True, _jobset, _conditions("Completed", "Failed"), _by_index),
+    "job": Kind("jobs.batch", ("services",), True, _job, _conditions("Complete", "Failed"), _indexed),
+    "jobset": Kind("jobsets.jobset.x-k8s.io", (), True, _jobset, _conditions("Completed", "Failed"), _indexed),
     "trainjob": Kind(
         "trainjobs.trainer.kubeflow.org",
         ("trainingruntimes.trainer.kubeflow.org",),
         False,
         _trainjob,
         _conditions("Complete", "Failed"),
-        _by_index,
+        _indexed,
     ),
     "pytorchjob": Kind(
-        "pytorchjobs.kubeflow.org", (), True, _pytorchjob, _conditions("Succeeded", "Failed"), _by_replica
+        "pytorchjobs.kubeflow.org", (), True, _pytorchjob, _conditions("Succeeded", "Failed"), _pod_logs(_replica)
     ),
+    "rayjob": Kind("rayjobs.ray.io", (), True, _rayjob, kubernetes_ray.ended, kubernetes_ray.logs, kubernetes_ray.stop),
 }

@@ -30,7 +30,18 @@ def labels(options: KubernetesConfig, job_id: str, task: int | None) -> dict[str
     return {**options.labels, **mine, **({} if task is None else {TASK: str(task)})}
 
 
-def pod(
+def variables(found: Mapping[str, str]) -> list[Object]:
+    """Entries of a container's environment."""
+    return [{"name": name, "value": escaped(value)} for name, value in found.items()]
+
+
+def identity(job_id: str, task: int | None) -> dict[str, str]:
+    """The variables that say which job this is."""
+    name = {JOB_ID: job_id if task is None else f"{job_id}_{task}"}
+    return name if task is None else {**name, ARRAY_INDEX: str(task)}
+
+
+def node_pod(
     spec: JobSpec,
     cluster: ClusterConfig,
     job_id: str,
@@ -38,37 +49,34 @@ def pod(
     *,
     container: str = "node",
     host: str = "",
-    node: Any = None,
+    node: Object | None = None,
     shell: str = 'exec "$@"',
 ) -> Object:
-    """The template of the pods.
+    """The template of pods that run the node entry.
 
     Args:
         container: its name.
         host: name of node 0's pod, as the others find it.
-        node: value of an environment entry for the node's number (`value` or `valueFrom`); None when `shell` sets it.
+        node: source of the node's number (`valueFrom`); None when `shell` sets it.
         shell: how bash starts the command, after the cluster's `setup`.
     """
-    options: KubernetesConfig = cluster.options
-    env: list[Object] = [{"name": name, "value": escaped(value)} for name, value in node_environment(spec).items()]
-    env.append({"name": JOB_ID, "value": job_id if task is None else f"{job_id}_{task}"})
-    if task is not None:
-        env.append({"name": ARRAY_INDEX, "value": str(task)})
+    env = variables(node_environment(spec) | identity(job_id, task))
     if node is not None:
-        env.append({"name": NODE, **node})
+        env.append({"name": NODE, "valueFrom": node})
     if host:
-        env.append({"name": RENDEZVOUS, "value": f"{host}:{cluster.rendezvous.port or PORT}"})
+        env += variables({RENDEZVOUS: f"{host}:{cluster.rendezvous.port or PORT}"})
     words = node_command(spec, cluster)
     lines = [*cluster.setup, shell]
     if lines != ['exec "$@"']:
         words = ["/bin/bash", "-c", "\n".join(lines), "node", *words]
-    main: Object = {
-        "name": container,
-        "image": spec.image,
-        "command": [escaped(word) for word in words],
-        "env": env,
-        "resources": _resources(spec, options),
-    }
+    main = {"name": container, "image": spec.image, "command": [escaped(word) for word in words], "env": env}
+    return pod(cluster, job_id, task, {**main, "resources": node_resources(spec, cluster.options)})
+
+
+def pod(cluster: ClusterConfig, job_id: str, task: int | None, main: Object) -> Object:
+    """The template of pods whose only container is `main`, with what the cluster's config adds to every pod."""
+    options: KubernetesConfig = cluster.options
+    main = dict(main)
     if options.pull:
         main["imagePullPolicy"] = options.pull
     sources: list[Object] = [{"secretRef": {"name": name}} for name in options.secrets]
@@ -114,7 +122,8 @@ def _toleration(key: str, value: str, effect: str) -> Object:
     return {name: text for name, text in found.items() if text}
 
 
-def _resources(spec: JobSpec, options: KubernetesConfig) -> Object:
+def node_resources(spec: JobSpec, options: KubernetesConfig) -> Object:
+    """What each node of the job gets."""
     # A limit of CPUs would slow a node down that has some to spare.
     limits: Mapping[str, str] = dict(options.resources)
     if spec.memory_gib:

@@ -28,6 +28,7 @@ from typing import Any
 
 from cluster.launch import (
     EXIT_HANG,
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
@@ -48,7 +49,6 @@ _MODULE = ("-P", "-m")
 _TO_FILE = ("/bin/sh", "-c", f'exec "$0" "$@" >>"${WORKER_LOGS}/rank-$RANK.log" 2>&1')
 _ROOT = str(Path(__file__).resolve().parents[2])
 
-_EXIT_INTERRUPTED = 130
 _LONGEST_WAIT_S = 60.0
 _NO_LIMIT = 1 << 30  # torch's own count of restarts knows nothing of progress
 # A worker dies of these only before it has taken note of them, as the first thing that it does: nothing was lost.
@@ -87,8 +87,8 @@ def _launch_one(job: Job) -> int:
                 break
     if restarts.between:
         return EXIT_REQUEUE
-    if code > 128 and code != _EXIT_INTERRUPTED:
-        _say(f"the worker was killed by {_signal_name(code - 128)}")
+    if raw < 0:
+        _say(f"the worker was killed by {_signal_name(-raw)}")
     return code
 
 
@@ -130,7 +130,7 @@ def _launch_many(job: Job) -> int:
                 monitor_interval=0.1,
                 local_addr=address,
             )
-            others = dict.fromkeys(range(1, job.processes), Std.ALL) if job.observer is None else Std.NONE
+            others = dict.fromkeys(range(1, job.processes), Std.ALL) if not job.logged else Std.NONE
             agent = Agent(
                 spec=spec,
                 logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=others),
@@ -156,16 +156,16 @@ def _launch_many(job: Job) -> int:
             break
     if restarts.between:
         failed = {0: (EXIT_REQUEUE, 0.0)}
-    written = logs if job.observer is None else os.environ[WORKER_LOGS]
+    written = os.environ[WORKER_LOGS] if job.logged else logs
     code = _report(failed, Path(written), restarts.count) if failed else EXIT_OK
-    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR):
+    if code in (EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR, EXIT_INTERRUPTED):
         shutil.rmtree(logs, ignore_errors=True)
     return code
 
 
 def _command(job: Job) -> list[str]:
     worker = [sys.executable, *_MODULE, *job.args]
-    return worker if job.observer is None else [*_TO_FILE, *worker]
+    return [*_TO_FILE, *worker] if job.logged else worker
 
 
 def _observe(job: Job, restarts: _Restarts, notes: list[dict[str, Any]], group: Any = None) -> None:
@@ -205,7 +205,7 @@ class _Restarts:
         """Whether to start once more after a failure with `code`; returns when it is time to."""
         if self.job.observer is not None:
             self.job.observer.stopped(cause)
-        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, _EXIT_INTERRUPTED, -signal.SIGINT, *_TOO_EARLY)
+        final = code in (EXIT_USER_ERROR, EXIT_REQUEUE, EXIT_INTERRUPTED, -signal.SIGINT, *_TOO_EARLY)
         if self.over or final or not self.job.max_restarts:
             return False
         used = self.budget.used(self.count)
@@ -237,7 +237,7 @@ def first_failure(failures: dict[int, tuple[int, float]]) -> tuple[int, int]:
     def kind(code: int) -> int:
         if code < 0:
             return 5 if code == -signal.SIGTERM else 0
-        own = {EXIT_HANG: -1, EXIT_USER_ERROR: 1, EXIT_UNAVAILABLE: 2, EXIT_REQUEUE: 3, _EXIT_INTERRUPTED: 3}
+        own = {EXIT_HANG: -1, EXIT_USER_ERROR: 1, EXIT_UNAVAILABLE: 2, EXIT_REQUEUE: 3, EXIT_INTERRUPTED: 3}
         return own.get(code, 4)
 
     start = min(when for _, when in failures.values())
@@ -257,7 +257,7 @@ def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0
         line = _last_line(log, starting="keel: error:")
         if line and not spoken:
             print(line, file=sys.stderr)
-    elif code not in (EXIT_REQUEUE, _EXIT_INTERRUPTED):
+    elif raw not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
         last = _last_line(log)
         _say(f"rank {rank} {_how(raw)}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
     return code
@@ -325,7 +325,7 @@ def _signals(job: Job, workers: Callable[[], Iterable[int]]) -> Iterator[_Restar
         interrupts += signum == signal.SIGINT
         if not send(signal.SIGKILL if interrupts > 1 else signum):
             # No worker runs that could save: nothing is lost.
-            raise SystemExit(_EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_REQUEUE)
+            raise SystemExit(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_REQUEUE)
 
     timers: list[threading.Timer] = []
     if job.timeout_s is not None:

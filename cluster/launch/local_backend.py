@@ -58,11 +58,7 @@ class Local:
 
     def command(self, spec: JobSpec) -> list[str]:
         """One node's command line."""
-        words = node_command(spec, self.cluster, python=sys.executable)
-        if spec.time_limit_s is None:
-            return words
-        cut = words.index("--")
-        return [*words[:cut], "--time-limit", f"{spec.time_limit_s:g}", *words[cut:]]
+        return node_command(spec, self.cluster, python=sys.executable, time_limit_s=spec.time_limit_s)
 
     def environment(self, spec: JobSpec, node: int, port: int | str, task: int | str | None) -> dict[str, str]:
         """What one node finds in its environment, beside this process's own."""
@@ -152,8 +148,8 @@ class Local:
         return self.options.path / job_id
 
     def state(self, job_id: str) -> str:
-        """See `Backend.state`. A job of another machine is unknown here."""
-        folder = self.folder(job_id)
+        """See `Backend.state`. A job of another machine is unknown here. All tasks of an array have the state of the job."""
+        folder = self.folder(_task(job_id)[0])
         if not (folder / JOB).exists():
             return "unknown"
         if (folder / OUTCOME).exists():
@@ -165,9 +161,14 @@ class Local:
         return "running" if (folder / STARTED).exists() else "queued"
 
     def cancel(self, job_id: str) -> None:
-        """SIGTERM to the supervisor: the nodes save and end, and nothing is started again."""
+        """SIGTERM to the supervisor: the nodes save and end, and nothing is started again. One task of an array: the
+        supervisor finds its mark, and does so with the nodes of this task."""
+        job_id, task = _task(job_id)
         folder = self.folder(job_id)
         if self.state(job_id) not in ("queued", "running"):
+            return
+        if task is not None:
+            (folder / f"{CANCEL}-{task}").touch()
             return
         (folder / CANCEL).touch()
         if (folder / PID).exists():
@@ -175,9 +176,17 @@ class Local:
 
     def logs(self, job_id: str, node: int) -> Iterator[str]:
         """What the node printed, of all tasks in turn."""
-        for log in sorted(self.folder(job_id).glob(f"task-*-node-{node}.log")):
+        job_id, task = _task(job_id)
+        name = "*" if task is None else f"{task:05d}"
+        for log in sorted(self.folder(job_id).glob(f"task-{name}-node-{node}.log")):
             with log.open(errors="replace") as lines:
                 yield from (line.rstrip("\n") for line in lines)
+
+
+def _task(job_id: str) -> tuple[str, int | None]:
+    """(job, task) of JOB_TASK; None for a whole job."""
+    job, _, task = job_id.rpartition("_")
+    return (job, int(task)) if job and task.isdigit() else (job_id, None)
 
 
 def alive(pid: int, ticks: int) -> bool:

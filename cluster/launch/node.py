@@ -4,8 +4,8 @@
 
 The environment says which node this is (see `cluster.launch.entry`). A run that has a commit is continued. Exit codes: 0
 done (also when the run diverged), 2 bad input (one line on stderr), 69 the store did not answer in time, 74 the nodes did
-not meet or lost each other, 75 preempted after a save (start the job again), 76 hung, 130 interrupted, any other failure;
-after each but 0, 2 and 130 starting the job again may help.
+not meet or lost each other, 75 preempted after a save (start the job again), 76 hung, 130 interrupted or
+cancelled, any other failure; after each but 0, 2 and 130 starting the job again may help.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from cluster.launch import (
+    EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_OK,
     EXIT_REQUEUE,
@@ -33,17 +34,13 @@ from cluster.launch import (
 from cluster.launch.budget import newest_commit
 from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS
 from cluster.launch.spec import INDEX
+from trainer.restarts import HEARTBEAT
 
 if TYPE_CHECKING:
     from cluster.launch.node_watch import NodeWatch
     from datamodules.store import Store
 
-HEARTBEAT = "KEEL_HEARTBEAT_S"
-_REASONS = {
-    EXIT_OK: "done",
-    EXIT_REQUEUE: "preempted after a save",
-    130: "interrupted after a save",
-}
+_ENDS = (EXIT_OK, EXIT_REQUEUE, EXIT_INTERRUPTED, EXIT_USER_ERROR)  # which the workers tell in the record, if at all
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # little is left to do, and it matters
         watch.close(code, reason)
-        if args.node == 0 and code not in (*_REASONS, EXIT_USER_ERROR):
+        if args.node == 0 and code not in _ENDS:
             with contextlib.suppress(OSError, ValueError):
                 _record_failure(watch.store, before, reason)
         shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +125,7 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
     try:
         code = launch(job)
     except SystemExit as ended:  # by a signal while no worker ran
-        code = int(str(ended.code))
+        code = EXIT_INTERRUPTED if watch.cancelled else int(str(ended.code))
     except ValueError as error:
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR, str(error)
@@ -139,10 +136,7 @@ def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:
             raise
         print(f"keel: error: {error}", file=sys.stderr, flush=True)
         return EXIT_LOST, str(error)
-    told = watch.error()
-    if code in (EXIT_USER_ERROR, EXIT_UNAVAILABLE) and told:
-        return code, told
-    return code, _REASONS.get(code) or ": ".join(filter(None, [watch.cause or f"exit code {code}", told]))
+    return code, watch.reason(code)
 
 
 def _group(args: argparse.Namespace) -> Group | None:

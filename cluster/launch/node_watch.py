@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -14,12 +15,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import WORKER_LOGS, Observer, Start
+from cluster.launch import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_UNAVAILABLE,
+    EXIT_USER_ERROR,
+    WORKER_LOGS,
+    Observer,
+    Start,
+)
 from datamodules.store import Store, StoreError
+from trainer.status import requested
 
 # A log is one object, sent again as it grows: while the run goes on its end must do.
 _LIVE_BYTES, _FINAL_BYTES = 1 << 20, 64 << 20
 _PACKAGES = ("torch", "lightning", "numpy", "fsspec", "s3fs")
+
+_REASONS = {
+    EXIT_OK: "done",
+    EXIT_REQUEUE: "preempted after a save",
+    EXIT_INTERRUPTED: "interrupted after a save",
+}
 
 # Phases of a node: it comes up, waits for the other nodes, runs workers, starts them again, has ended.
 STARTING, WAITING, RUNNING, RESTARTING, ENDED = "starting", "waiting", "running", "restarting", "ended"
@@ -31,15 +48,17 @@ class NodeWatch(Observer):
     Args:
         store: the run's URL.
         node: number of the node.
-        folder: where workers write their logs, on a local disk.
+        folder: where workers write their logs, on a local disk; None: to the terminal, and the store gets none.
         heartbeat_s: seconds between two writes of the status and of the logs that have grown.
         together: whether the job has other nodes.
     """
 
-    def __init__(self, store: Store, node: int, folder: str, heartbeat_s: float, *, together: bool) -> None:
-        self.store, self.node, self.folder, self.heartbeat_s = store, node, Path(folder), heartbeat_s
+    def __init__(self, store: Store, node: int, folder: str | None, heartbeat_s: float, *, together: bool) -> None:
+        self.store, self.node, self.heartbeat_s = store, node, heartbeat_s
+        self.folder, self.logs = Path(folder or os.devnull), folder is not None
         self.together = together
         self.cause = ""
+        self.cancelled = False  # while no worker ran
         self._state: dict[str, Any] = {
             "node": node,
             "host": socket.gethostname(),
@@ -71,7 +90,7 @@ class NodeWatch(Observer):
         return int(self._state["attempt"] or 0) + 1
 
     def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"python": platform.python_version(), "keel code": _code()}
+        found: dict[str, Any] = {"python": platform.python_version(), "keel code": code_version()}
         for package in _PACKAGES:
             with contextlib.suppress(PackageNotFoundError):
                 found[package] = version(package)
@@ -79,10 +98,11 @@ class NodeWatch(Observer):
 
     def starting(self, start: Start) -> Mapping[str, str]:
         logs = self.folder / f"attempt-{start.attempt}"
-        logs.mkdir(parents=True, exist_ok=True)
-        self.echo(logs / "rank-0.log" if start.rank == 0 else None)
+        if self.logs:
+            logs.mkdir(parents=True, exist_ok=True)
+            self.echo(logs / "rank-0.log" if start.rank == 0 else None)
         self.say(phase=RUNNING, start=start.count, attempt=start.attempt, nodes=start.nodes, cause=start.cause or None)
-        return {WORKER_LOGS: str(logs)}
+        return {WORKER_LOGS: str(logs)} if self.logs else {}
 
     def stopped(self, cause: str) -> None:
         self.cause = cause
@@ -98,7 +118,7 @@ class NodeWatch(Observer):
         if self.together:
             self._state["phase"] = WAITING
         self._write()
-        for work in (self._beat, self._follow):
+        for work in (self._beat, self._follow) if self.logs else (self._beat,):
             self._threads.append(threading.Thread(target=work, name=f"keel-node-{work.__name__}", daemon=True))
             self._threads[-1].start()
 
@@ -119,6 +139,15 @@ class NodeWatch(Observer):
         self._try(self._send_logs, _FINAL_BYTES)
         self._try(self._write)
 
+    def reason(self, code: int) -> str:
+        """How the workers ended, in a few words."""
+        told = self.error()
+        if code in (EXIT_USER_ERROR, EXIT_UNAVAILABLE) and told:
+            return told
+        if code == EXIT_INTERRUPTED and requested(self.store):
+            return "cancelled" if self.cancelled else "cancelled after a save"
+        return _REASONS.get(code) or ": ".join(filter(None, [self.cause or f"exit code {code}", told]))
+
     def error(self) -> str:
         """The last line that a worker of this node gave as its error, without `keel: error:`; "" if none did."""
         folder = self.folder / f"attempt-{self._state['attempt']}"
@@ -136,6 +165,10 @@ class NodeWatch(Observer):
         while not self._stop.wait(self.heartbeat_s):
             self._try(self._write)
             self._try(self._send_logs, _LIVE_BYTES)
+            # Workers that run obey for themselves, once they have saved.
+            if not self.cancelled and self._state["phase"] != RUNNING and requested(self.store):
+                self.cancelled = True
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _write(self) -> None:
         with self._lock:
@@ -196,7 +229,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _code() -> str:
+def code_version() -> str:
     """What tells two states of the code apart: the digest of the snapshot that it lies in, else its version."""
     root = Path(__file__).resolve().parents[2]
     if (root / ".keel-snapshot.json").is_file():

@@ -41,6 +41,7 @@ class Task:
         self._first_end = 0.0
         self._first_code: int | None = None
         self._stopping = False  # the other nodes were told to end
+        self._cancelled = False
 
     def start(self) -> None:
         """Starts all nodes."""
@@ -77,6 +78,13 @@ class Task:
         for node in self._nodes:
             if node.poll() is None:
                 node.send_signal(signum)
+
+    def cancelled(self) -> bool:
+        """Whether this task alone was cancelled; its nodes are told once."""
+        if not self._cancelled and (self.folder / f"{CANCEL}-{self.index}").exists():
+            self._cancelled = True
+            self.send(signal.SIGTERM)
+        return self._cancelled
 
     def poll(self, ending: bool) -> bool:
         """Whether the task is over; `code` is then its exit code. `ending`: nothing is to be started again."""
@@ -172,7 +180,7 @@ def _run(waiting: list[Task], running: list[Task], parallel: int, told: Callable
             running.append(waiting.pop(0))
             running[-1].start()
         for task in list(running):
-            if task.poll(told()):
+            if task.poll(told() or task.cancelled()):
                 running.remove(task)
                 ended.append(task)
         time.sleep(_POLL_S)

@@ -148,6 +148,19 @@ def base_config(source: str, where: Sequence[str] = ()) -> dict[str, Any] | None
     return dict(_largest(rows)["config"]) if rows else None
 
 
+def loss_column(source: str, columns: Mapping[str, str]) -> str | None:
+    """Where the record of a run has what the records at `source` call its loss; None: at the usual place."""
+    if "loss" in columns:
+        return columns["loss"]
+    sweep = _sweep(source)
+    if sweep is None:
+        return None
+    from cluster.sweep.table import read_table
+
+    objective = str(read_table(sweep).sweep["objective"])
+    return None if objective == "loss" else f"metrics.{objective}"
+
+
 def _largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row.get("flops") or 0)
 

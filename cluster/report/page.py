@@ -35,7 +35,7 @@ _OUTCOME = (
     "throughput.mfu",
 )
 _SPEED = ("lr", "throughput/")
-_STATUS = {"ok": "good", "diverged": "bad", "failed": "bad", "preempted": "warn"}
+_STATUS = {"ok": "good", "diverged": "bad", "failed": "bad", "preempted": "warn", "cancelled": "warn"}
 
 
 def render(view: RunView) -> str:

@@ -79,7 +79,7 @@ class Claims:
         self.owner = name or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.lost = threading.Event()
         self._log = _Log()
-        self._alive: dict[str, float] = {}  # owner -> until when (monotonic) it need not be asked for again
+        self._alive: set[str] = set()  # asked for in this call
         self._dead: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -121,6 +121,7 @@ class Claims:
         """
         wanted = list(rows)
         with self._lock:
+            self._alive.clear()
             while True:
                 self._read()
                 free = [row for row in wanted if self._free(row)]
@@ -177,13 +178,13 @@ class Claims:
             return self.lost.is_set()
         if owner in self._dead:
             return True
-        if time.monotonic() < self._alive.get(owner, 0.0):
+        if owner in self._alive:
             return False
         if self.given_up(owner) or self._silent(owner):
             self.store.create(f"owners/{owner}.dead", canonical_json({"by": self.owner}))
             self._dead.add(owner)
             return True
-        self._alive[owner] = time.monotonic() + min(1.0, self.expiry_s / _BEATS)
+        self._alive.add(owner)
         return False
 
     def given_up(self, owner: str) -> bool:
@@ -235,6 +236,13 @@ class Claims:
                     self.lost.set()
                     return
                 self._beat()
+
+
+def touched(store: Store) -> set[str]:
+    """The rows that any driver has ever claimed."""
+    log = _Log()
+    _follow(store, log)
+    return set(log.holders)
 
 
 def running(store: Store) -> dict[str, bool]:

@@ -179,6 +179,11 @@ class SweepConfig:
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
     @property
+    def grows(self) -> bool:
+        """Whether the sweep adds rows to itself."""
+        return bool(self.adaptive.edges or self.adaptive.runs or self.tune.search)
+
+    @property
     def axes(self) -> list[str]:
         """The names of all axes, in order."""
         return [*self.grid, *(name for group in self.zip for name in group), *self.random.axes]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.laws.sizing import shape_of
+from cluster.sweep import stopping
 from cluster.sweep.config import LADDERS, SweepConfig, to_dict
 from cluster.sweep.expressions import evaluate, is_expression, names, ordered
 from cluster.sweep.space import Point, points
@@ -91,6 +92,9 @@ class Maker:
         if "budget" in point or "d" in point:
             values |= self._steps(point, values)
         made = resolve(self.start, values)
+        if self.config.objective != "loss" and not made.train.val_every:
+            raise ConfigError(f"objective={self.config.objective} needs validation; set train.val_every > 0")
+        stopping.check(self.config.stop.first, made)
         parameters, tokens = self._size(made)
         samples = made.train.max_steps * made.train.global_batch
         return Row(

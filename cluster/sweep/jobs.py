@@ -43,10 +43,13 @@ class Cluster:
         table: the sweep's.
         cluster: where.
         executor: of the drivers. workers: how many drivers at most (0: one per row, at most 16).
+        retry: failed rows are done again, too.
     """
 
-    def __init__(self, table: Table, cluster: ClusterConfig, executor: str, workers: int = 0) -> None:
-        self.table, self.cluster, self.executor, self.workers = table, cluster, executor, workers
+    def __init__(
+        self, table: Table, cluster: ClusterConfig, executor: str, workers: int = 0, *, retry: bool = False
+    ) -> None:
+        self.table, self.cluster, self.executor, self.workers, self.retry = table, cluster, executor, workers, retry
         self.backend: Backend = open_backend(cluster)
         self._code, self._archive = code_spec(cluster, join_url(table.url, "workers/w"))
 
@@ -103,7 +106,8 @@ class Cluster:
         job, cpus = self.cluster.job, max(row.cpus for row in rows)
         tasks = min(len(rows), self.workers or MOST_TASKS)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        command = ("cluster.sweep.drive", self.table.url, "--executor", self.executor)
+        command: tuple[str, ...] = ("cluster.sweep.drive", self.table.url, "--executor", self.executor)
+        command += ("--retry",) if self.retry else ()
         return self._spec(
             name=self.table.name,
             command=(*command, "--workers", str(max(job.cpus, cpus))),

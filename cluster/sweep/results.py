@@ -14,14 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cluster.sweep.claims import touched
 from cluster.sweep.table import Row, Table, read_table
 from datamodules.store import NotFound, Store
+from trainer.outcome import FLOPS_CONVENTION
 from trainer.records import decode, encode, read_record
 
 Result = dict[str, Any]
 
 FINAL = ("ok", "diverged", "pruned", "failed")
-CONVENTION = "counted forward+backward: matmul, conv, dense attention, FFT 5 n log2 n"
+
 _MOST = 64  # objects before they are put together
 
 
@@ -84,10 +86,11 @@ class Results:
                 self.store.delete(name)
                 self._seen.discard(name)
 
-    def complete(self, table: Table, rows: Iterable[Row], *, keep: bool = True) -> dict[str, Result]:
-        """As `refresh`, with the outcome of those `rows` whose run has ended though no driver has told; `keep`: told now."""
+    def complete(self, table: Table, *, keep: bool = True) -> dict[str, Result]:
+        """As `refresh`, with the outcome of those rows whose run has ended though no driver has told; `keep`: told now."""
         self.refresh()
-        silent = [row for row in rows if row.id not in self.rows]
+        begun = touched(self.store)  # what nobody claimed has no run
+        silent = [row for row in table.rows if row.id in begun and row.id not in self.rows]
         with ThreadPoolExecutor(max_workers=16) as pool:
             found = [result for result in pool.map(lambda row: self._ended(table, row), silent) if result is not None]
         if keep:
@@ -130,7 +133,7 @@ def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
         "samples": record.get("samples"),
         "tokens": record.get("tokens"),
         "flops": record.get("flops"),
-        "flops_convention": record.get("flops_convention", CONVENTION),
+        "flops_convention": record.get("flops_convention", FLOPS_CONVENTION),
         "loss": loss,
         "train_loss": record.get("loss"),
         "metrics": metrics,
@@ -197,5 +200,5 @@ def read_results(store: Store) -> list[Result]:
         ConfigError: there is no sweep.
     """
     table = read_table(store)
-    found = Results(store, table.sweep["objective"]).complete(table, table.rows, keep=False)
+    found = Results(store, table.sweep["objective"]).complete(table, keep=False)
     return [found[row.id] for row in table.rows if row.id in found]

@@ -86,9 +86,7 @@ def status(table: Table) -> Status:
     store = Store(table.url)
     results = Results(store, table.sweep["objective"])
     held = running(store)
-    results.refresh()
-    # Only a row that somebody had can have ended without a result; what nobody claimed needs no look.
-    known = results.complete(table, [row for row in table.rows if row.id in held or row.nodes > 1], keep=False)
+    known = results.complete(table, keep=False)
     states = {row.id: _state(table, row, known, held) for row in table.rows}
     mine = {row.id: known[row.id] for row in table.rows if row.id in known}
     found = Status(table, states, mine)

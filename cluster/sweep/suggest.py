@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cluster.sweep.results import Result, is_sweep
+from cluster.sweep.results import Result
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.table import Row, Table, read_table
-from datamodules.store import Store
+from cluster.sweep.table import Row, read_table
 
 log = logging.getLogger("keel.sweep")
 
@@ -91,6 +90,11 @@ class Suggested:
         rows = [row for row in self.sweep.table.rows if row.extra == EXTRA]
         return self.config.random.samples - len(rows)
 
+    @property
+    def over(self) -> bool:
+        """Whether all suggestions were made, and done."""
+        return self.left <= 0 and not any(row.extra == EXTRA for row in self.sweep.missing())
+
     def next(self, trial: str) -> Row | None:
         for row in [row for row in self.sweep.missing() if row.extra == EXTRA]:  # of a driver that was killed
             if self.sweep.claim([row]):
@@ -148,14 +152,6 @@ class Suggested:
             if row.id in present.by_id:
                 return
             self.sweep.table.save(self.sweep.store)
-
-
-def kept(table: Table) -> Table:
-    """A sweep's table with the rows that were suggested to it before."""
-    store = Store(table.url)
-    if not table.sweep["tune"]["search"] or not is_sweep(store):
-        return table
-    return table.with_rows(row for row in read_table(store).rows if row.extra == EXTRA)
 
 
 def loss_of(result: Result | None) -> float | None:

@@ -55,7 +55,7 @@ class Sweep:
     # ----------------------------------------------------------------------------------------------------- what is left
     def missing(self) -> list[Row]:
         """The rows without a result, the cheapest first; what others do at present is among them."""
-        self.results.complete(self.table, self.table.rows)
+        self.results.complete(self.table)
         rows = [row for row in self.table.rows if self._is_missing(row)]
         return sorted(rows, key=lambda row: row.flops)
 
@@ -121,7 +121,7 @@ class Sweep:
         return self.add([failed(row, error)])[0]
 
     def add(self, results: Sequence[Result]) -> Sequence[Result]:
-        """Adds results of claimed rows, and says on stderr what failed.
+        """Adds results of claimed rows, and says so in a line.
 
         Raises:
             Lost: another driver has given this one up, and does these rows.
@@ -137,6 +137,14 @@ class Sweep:
                     file=sys.stderr,
                     flush=True,
                 )
+        done = sum(row.id in self.results.rows for row in self.table.rows)
+        if len(results) == 1:
+            loss = results[0]["loss"]
+            what = f"{self.table.by_id[results[0]['row']].label}: {results[0]['status']}"
+            what += "" if loss is None else f", {self.options['objective']} {loss:.6g}"
+        else:
+            what = f"{len(results)} rows"
+        print(f"{done:,} of {len(self.table.rows):,} rows: {what}", flush=True)
         return results
 
     # ----------------------------------------------------------------------------------------------------------- signals

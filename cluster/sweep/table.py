@@ -78,6 +78,7 @@ class Table:
     base: dict[str, Any]
     sweep: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    _configs: dict[str, RunConfig] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def by_id(self) -> dict[str, Row]:
@@ -93,8 +94,10 @@ class Table:
 
     def config(self, row: Row) -> RunConfig:
         """The resolved config of a row's run."""
-        config = resolve(self.start, row.values)
-        return dataclasses.replace(config, url=self.run_url(row), name=f"{self.name}-{row.id}")
+        if row.id not in self._configs:
+            config = resolve(self.start, row.values)
+            self._configs[row.id] = dataclasses.replace(config, url=self.run_url(row), name=f"{self.name}-{row.id}")
+        return self._configs[row.id]
 
     def with_rows(self, more: Iterable[Row]) -> Table:
         """The table with rows added; those that it has stay as they are."""

@@ -68,13 +68,15 @@ class Tune:
                 )
 
     def run(self, sweep: Sweep, rows: Sequence[Row]) -> None:
+        source: Source = Suggested(sweep) if sweep.options["tune"]["search"] else TableRows(sweep, rows)
+        if isinstance(source, Suggested) and source.over:
+            return
         self._connect()
         if sweep.options["executor"] == "packed":
             self._packs(sweep)
             return
         from ray import tune
 
-        source: Source = Suggested(sweep) if sweep.options["tune"]["search"] else TableRows(sweep, rows)
         name = f"keel-{uuid.uuid4().hex[:12]}"  # unique: two drivers in one Ray must not take each other's trials
         board = _board(name)
         inside = scheduler(sweep.options)

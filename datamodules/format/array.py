@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from datamodules.store import NotFound, ShortRead, Store
+from datamodules.store import Changed, NotFound, ShortRead, Store, Tags
 
 from .codecs import BadChunk
 from .dtypes import BFLOAT16, from_bfloat16
@@ -63,6 +63,7 @@ class Array:
         self.window_axis, self.frame_shape = spec.window_axis, spec.frame_shape
         self.shard_length, self.shards = spec.shard_length, spec.shards
         self._indices: dict[str, np.ndarray] = {}
+        self.tags: Tags = {}  # of all shards read so far, as their indices and chunks must be those of one object
         self._sizes = sizes
         self._lock = threading.Lock()
 
@@ -186,7 +187,9 @@ class Array:
         first = spec.foreign is not None and spec.foreign.index_first
         at = 0 if first else size - spec.index_bytes
         try:
-            data = self.store.read_range(path, at, at + spec.index_bytes)
+            (data,) = self.store.read_ranges([(path, at, at + spec.index_bytes)], tags=self.tags)
+        except Changed as error:
+            raise DataError(str(error)) from error
         except (ShortRead, NotFound) as error:
             raise self.damaged(path, "truncated" if isinstance(error, ShortRead) else "missing") from error
         return decode_index(spec, data, self.store.join(path), size)
@@ -251,7 +254,9 @@ class Array:
         """Entries [start, stop) of the window axis, [stop - start, *frame_shape]; every checksum is verified."""
         pieces = self.plan(index, start, stop)
         try:
-            blocks = self.store.read_ranges([(p.path, p.start, p.stop) for p in pieces])
+            blocks = self.store.read_ranges([(p.path, p.start, p.stop) for p in pieces], tags=self.tags)
+        except Changed as error:
+            raise DataError(str(error)) from error
         except (ShortRead, NotFound) as error:
             why = "truncated" if isinstance(error, ShortRead) else "missing"
             names = {p.path for p in pieces}

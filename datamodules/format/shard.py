@@ -74,7 +74,8 @@ class ShardEncoder:
         if spec.fixed and self._spilled is not None:
             self._fixed = np.memmap(self._spilled, np.uint8, "w+", shape=(spec.shard_bytes(k),))
         elif spec.fixed:
-            self._fixed = np.zeros(spec.shard_bytes(k), np.uint8)
+            self._packed = bytearray(spec.shard_bytes(k))  # which stores take as it is
+            self._fixed = np.frombuffer(self._packed, np.uint8)
 
     def append(self, values: np.ndarray) -> None:
         spec = self.spec
@@ -107,7 +108,7 @@ class ShardEncoder:
         index = encode_index(index_of(self.spec, np.array(self._sizes, np.uint64)))
         if self._fixed is not None:
             self._fixed[self._fixed.size - len(index) :] = np.frombuffer(index, np.uint8)
-            return self._fixed
+            return self._fixed if self._spilled is not None else self._packed
         self._pack(index)
         if self._spilled is None:
             return self._packed

@@ -1,12 +1,14 @@
 """Object storage and local disk behind one small interface: see `Store`."""
 
-from .direct import Sink
-from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .direct import Sink, Tags
+from .errors import AccessDenied, Changed, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
+from .names import canonical_json, join_url
 from .retry import Retry
-from .store import Store, canonical_json, join_url
+from .store import Store
 
 __all__ = [
     "AccessDenied",
+    "Changed",
     "NoBucket",
     "NotFound",
     "OutOfSpace",
@@ -15,6 +17,7 @@ __all__ = [
     "Sink",
     "Store",
     "StoreError",
+    "Tags",
     "Unreachable",
     "canonical_json",
     "join_url",

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, unsupported
+from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, Tags, compare_tag, unsupported
 from .errors import StoreError
 from .retry import is_transient, response_of
+from .sign import Signer
 
 log = logging.getLogger("keel.store")
 S3_PROTOCOLS = ("s3", "s3a")
@@ -41,13 +42,16 @@ class Client:
     conditional: dict[str, bool] = field(default_factory=dict)
 
     def read_parts(
-        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None = None
+        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None = None, tags: Tags | None = None
     ) -> list[bytes | int | BaseException]:
-        """The bytes of each part (with sinks, which get them: their number), or what went wrong with it."""
+        """The bytes of each part (with sinks, which get them: their number), or what went wrong with it.
+
+        With ``tags``, ETags that were seen before, an object that has another one by now is `Changed`.
+        """
         direct = self.direct
         if direct is None:
-            return self._through_filesystem(parts, concurrency, sinks)
-        results: list[Any] = direct.get(parts, sinks)
+            return self._through_filesystem(parts, concurrency, sinks, tags)
+        results: list[Any] = direct.get(parts, sinks, tags)
         refused = [i for i, result in enumerate(results) if isinstance(result, BaseException) and _refusal(result)]
         if len(refused) < len(parts):
             self.direct_worked = True
@@ -56,7 +60,7 @@ class Client:
             for i in refused:
                 direct.forget(parts[i][0])
             theirs = [sinks[i] for i in refused] if sinks else None
-            again = self._through_filesystem([parts[i] for i in refused], concurrency, theirs)
+            again = self._through_filesystem([parts[i] for i in refused], concurrency, theirs, tags)
             for i, result in zip(refused, again, strict=True):
                 if not isinstance(result, BaseException) and not self.direct_worked and self.direct is not None:
                     self.direct = None
@@ -65,7 +69,7 @@ class Client:
         return results
 
     def _through_filesystem(
-        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None = None
+        self, parts: Sequence[Part], concurrency: int, sinks: Sequence[Sink] | None, tags: Tags | None
     ) -> list[bytes | int | BaseException]:
         if len(parts) == 1 and parts[0][1:] == (0, None):  # no range: an empty object has none
             try:
@@ -80,7 +84,21 @@ class Client:
             if not isinstance(found[i], BaseException):
                 sink(0, memoryview(found[i]))
                 found[i] = len(found[i])
-        return found
+        return found if tags is None else self._compared(parts, found, tags)
+
+    def _compared(self, parts: Sequence[Part], found: list[Any], tags: Tags) -> list[bytes | int | BaseException]:
+        """Asks for ETags after the bytes came: an object that was replaced before that has its new one by now."""
+        faults: dict[str, BaseException] = {}
+        for key in {part[0] for part in parts}:
+            try:
+                info = self.filesystem.info(key)
+                compare_tag(tags, key, info.get("ETag") or info.get("etag"))
+            except Exception as error:
+                faults[key] = error
+        return [
+            result if isinstance(result, BaseException) else faults.get(part[0], result)
+            for part, result in zip(parts, found, strict=True)
+        ]
 
 
 def _refusal(error: BaseException) -> bool:
@@ -175,6 +193,18 @@ def _endpoint(options: dict[str, Any]) -> str:
     return str(named or "")
 
 
+def _secret(filesystem: Any) -> str:
+    """The secret key that an s3fs filesystem signs with now; empty without any."""
+    from fsspec.asyn import sync
+
+    async def current() -> str:
+        await filesystem.set_session()
+        found = await filesystem.session.get_credentials()
+        return str((await found.get_frozen_credentials()).secret_key) if found else ""
+
+    return str(filesystem.secret or sync(filesystem.loop, current))
+
+
 def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
     if not options.get("direct", True):
         return None
@@ -182,8 +212,9 @@ def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
     if reason:
         log.info("reading through s3fs, which is slower: %s", reason)
         return None
+    signer = Signer(lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)), lambda: _secret(filesystem))
     return DirectReads(
-        lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)),
+        signer,
         concurrency=int(options.get("concurrency", CONCURRENCY)),
         connect_timeout=float(options.get("connect_timeout", 5.0)),
         read_timeout=float(options.get("read_timeout", 30.0)),

@@ -16,7 +16,7 @@ SETTLE_SECONDS = 1.0  # where conditions are ignored: racing writers have writte
 _memory_lock = threading.Lock()  # memory:// has no atomic create of its own
 
 
-def _put(fs: Any, protocol: str, key: str, body: bytes) -> bool:
+def _put(fs: Any, protocol: str, key: str, body: bytes | bytearray) -> bool:
     """Write if there is none; False if the store refused."""
     try:
         if protocol in S3_PROTOCOLS:
@@ -31,7 +31,9 @@ def _put(fs: Any, protocol: str, key: str, body: bytes) -> bool:
     return True
 
 
-def create(held: Client, protocol: str, key: str, body: bytes, n: int, sleep: Callable[[float], None]) -> bool:
+def create(
+    held: Client, protocol: str, key: str, body: bytes | bytearray, n: int, sleep: Callable[[float], None]
+) -> bool:
     """The `n`-th attempt (from 0) to create `key`; see `Store.create`."""
     fs, bucket = held.filesystem, key.split("/")[0]
     if n == 0 and fs.exists(key):

@@ -1,9 +1,9 @@
 """Concurrent range GETs over plain HTTP: the fast way to read from S3-compatible stores.
 
 s3fs signs, parses and schedules each request in Python's event loop, which limits small ranges long before the network
-does (`scripts/bench/stream.py` prints both). Here a URL is signed once per object for some minutes, by the very client that
-s3fs made, so that all its settings hold; then threads with kept connections fetch ranges of it straight into their
-buffers. Nothing here retries, but for a kept connection that the server had closed meanwhile.
+does (`scripts/bench/stream.py` prints both). Here a URL is signed once per object for some minutes, after one that the very
+client signed that s3fs made, so that all its settings hold; then threads with kept connections fetch ranges of it straight
+into their buffers. Nothing here retries, but for a kept connection that the server had closed meanwhile.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
+
+from .errors import Changed
+from .sign import Signer
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
@@ -37,6 +41,7 @@ Part = tuple[str, int, int | None]  # key, start, end (None: to the end of the o
 # Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
 # memory is used again after the call.
 Sink = Callable[[int, memoryview], None]
+Tags = dict[str, str]  # object key -> the ETag that it had when it was first read
 
 
 class HttpError(OSError):
@@ -62,7 +67,7 @@ class DirectReads:
     """Reads of one process.
 
     Args:
-        sign: object key -> URL that may be read for SIGNED_SECONDS. Called from several threads.
+        sign: object key -> URL that may be read for SIGNED_SECONDS.
         concurrency: connections and threads.
         connect_timeout, read_timeout: seconds for a connection, and for each piece of an answer.
         verify: False, or a file of certificates to trust in place of the system's, for https.
@@ -70,7 +75,7 @@ class DirectReads:
 
     def __init__(
         self,
-        sign: Callable[[str], str],
+        sign: Signer,
         concurrency: int = 32,
         connect_timeout: float = 5.0,
         read_timeout: float = 30.0,
@@ -87,25 +92,27 @@ class DirectReads:
         self._scratch = threading.local()
 
     def get(
-        self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None
+        self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None, tags: Tags | None = None
     ) -> list[bytes | bytearray | int | BaseException]:
         """The bytes of each part (with sinks: their number), or what went wrong with it.
 
-        A body that ends early is an error, never shorter bytes.
+        A body that ends early is an error, never shorter bytes. With ``tags`` an object of another ETag than there is
+        `Changed`; new ones are noted.
         """
         each: Sequence[Sink | None] = sinks or [None] * len(parts)
         if len(parts) == 1:
-            return [self._one(parts[0], each[0])]
-        return list(self._pool.map(self._one, parts, each))
+            return [self._one(parts[0], each[0], tags)]
+        return list(self._pool.map(self._one, parts, each, repeat(tags)))
 
     def forget(self, key: str) -> None:
         """Sign `key` anew when it is next read."""
         with self._lock:
             self._urls.pop(key, None)
+        self._sign.forget(key)
 
-    def _one(self, part: Part, sink: Sink | None) -> bytes | bytearray | int | BaseException:
+    def _one(self, part: Part, sink: Sink | None, tags: Tags | None) -> bytes | bytearray | int | BaseException:
         try:
-            return self._read(*part, sink)
+            return self._read(*part, sink, tags)
         except Exception as error:
             return error
 
@@ -121,7 +128,9 @@ class DirectReads:
                 self._urls[key] = now, url
         return url
 
-    def _read(self, key: str, start: int, end: int | None, sink: Sink | None) -> bytes | bytearray | int:
+    def _read(
+        self, key: str, start: int, end: int | None, sink: Sink | None, tags: Tags | None
+    ) -> bytes | bytearray | int:
         url = self._url(key)
         place = (url.scheme, url.netloc)
         headers = {"Accept-Encoding": "identity"}
@@ -143,6 +152,8 @@ class DirectReads:
                         raise
                     connection.close()
                     continue  # the server closed it while it was idle: no fault
+                if tags is not None and response.status in (200, 206):
+                    compare_tag(tags, key, response.getheader("ETag"))
                 wanted = end - start if end is not None else None
                 body = self._body(response, wanted, url.netloc, connection.sock, sink)
             except BaseException:
@@ -270,6 +281,12 @@ class _Body:
         if not count:
             raise http.client.IncompleteRead(b"", len(memory))
         return count
+
+
+def compare_tag(tags: Tags, key: str, tag: str | None) -> None:
+    """Note the ETag of an object, where the server gives one; `Changed` if it had another before."""
+    if tag and tags.setdefault(key, tag) != tag:
+        raise Changed(key)
 
 
 def unsupported(options: dict[str, Any], endpoint: str) -> str:

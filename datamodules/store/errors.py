@@ -27,5 +27,13 @@ class OutOfSpace(StoreError):
     """The disk or the quota is full; what was being written has been removed."""
 
 
+class Changed(StoreError):
+    """An object is not the one that was read before: its ETag is another. `path` in the store, and `key` in ETags seen."""
+
+    def __init__(self, message: str, path: str = "", key: str = "") -> None:
+        super().__init__(message)
+        self.path, self.key = path, key
+
+
 class ShortRead(StoreError):
     """An object ends before the bytes that were asked for: it is truncated."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .errors import ShortRead
 
@@ -22,17 +22,18 @@ def _fsync_directory(directory: str) -> None:
         os.close(handle)
 
 
-def _write_temporary(path: str, data: memoryview) -> str:
-    """The whole of `data` in a synced file beside `path`; nothing is left behind on failure."""
+def _write_temporary(path: str, pieces: Iterable[memoryview]) -> str:
+    """All of `pieces` in a synced file beside `path`; nothing is left behind on failure."""
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, f".{name[:200]}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            done = 0
-            while done < len(data):
-                done += os.write(handle, data[done : done + (1 << 30)])
+            for data in pieces:
+                done = 0
+                while done < len(data):
+                    done += os.write(handle, data[done : done + (1 << 30)])
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -45,7 +46,12 @@ def _write_temporary(path: str, data: memoryview) -> str:
 
 def write(path: str, data: memoryview) -> None:
     """Replace `path` as a whole: readers see the old content or the new one, also after a power cut."""
-    temporary = _write_temporary(path, data)
+    write_pieces(path, [data])
+
+
+def write_pieces(path: str, pieces: Iterable[memoryview]) -> None:
+    """As `write`, of content that comes in pieces."""
+    temporary = _write_temporary(path, pieces)
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -58,7 +64,7 @@ def create(path: str, data: memoryview) -> bool:
     """Write `path` unless it exists. A link to a complete file: of racing writers one wins, its content whole."""
     if os.path.lexists(path):
         return False
-    temporary = _write_temporary(path, data)
+    temporary = _write_temporary(path, [data])
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -111,6 +117,17 @@ def walk(root: str) -> list[str]:
         prefix = "" if base == "." else base.replace(os.sep, "/") + "/"
         found.extend(prefix + name for name in names if not name.endswith(TEMPORARY))
     return sorted(found)
+
+
+def children(root: str) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files directly in `root`, without files in the making. Missing root: none."""
+    try:
+        with os.scandir(root) as entries:
+            found = [(entry.is_dir(), entry.name) for entry in entries]
+    except FileNotFoundError:
+        return [], []
+    files = [name for folder, name in found if not folder and not name.endswith(TEMPORARY)]
+    return sorted(name for folder, name in found if folder), sorted(files)
 
 
 def sweep(root: str, age: float) -> None:

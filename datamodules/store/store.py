@@ -7,39 +7,24 @@ libraries below or `pathlib` (which would turn `s3://b/k` into `s3:/b/k`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import local
+from . import local, looks, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
-from .direct import Sink
-from .errors import AccessDenied, NoBucket, NotFound, OutOfSpace, ShortRead, StoreError, Unreachable
-from .retry import Retry, chain, is_connect_fault, is_transient, response_of
+from .direct import Sink, Tags
+from .errors import Changed, NoBucket, NotFound, ShortRead, StoreError
+from .names import canonical_json, checked, join_url
+from .retry import Retry, is_connect_fault, is_transient, response_of
+from .translate import translate
 
 T = TypeVar("T")
 Range = tuple[str, int, int]
 RETRY_OPTIONS = ("deadline", "connect_deadline")
-# A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
-_FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
-_FULL_CODES = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
-
-
-def join_url(base: str, *parts: str) -> str:
-    """`base` and `parts` joined by single slashes; the scheme's `//` is left alone."""
-    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    if not tail:
-        return base
-    return base + tail if base.endswith("://") else f"{base.rstrip('/')}/{tail}"
-
-
-def _checked(path: str) -> str:
-    if path.startswith("/") or "://" in path or ".." in path.split("/"):
-        raise ValueError(f"path={path!r}: must be relative to the store, without '..'")
-    return path
 
 
 class Store:
@@ -87,7 +72,7 @@ class Store:
 
     def join(self, *parts: str) -> str:
         """The URL of an object of this store."""
-        return join_url(self.url, *(_checked(part) for part in parts))
+        return join_url(self.url, *(checked(part) for part in parts))
 
     def sub(self, prefix: str) -> Store:
         """The store below `prefix`, with the same options."""
@@ -97,7 +82,7 @@ class Store:
         """The file of an object; only for local stores."""
         if not self.is_local:
             raise ValueError(f"{self.url}: not a local store")
-        return os.path.join(self._root, *_checked(path).split("/")) if path else self._root
+        return os.path.join(self._root, *checked(path).split("/")) if path else self._root
 
     # Reading
 
@@ -118,11 +103,16 @@ class Store:
         """Bytes [start, end) of an object, exactly; `ShortRead` if it ends before."""
         return self.read_ranges([(path, start, end)])[0]
 
-    def read_ranges(self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None) -> list[bytes]:
+    def read_ranges(
+        self, requests: Sequence[Range], sinks: Sequence[Sink] | None = None, tags: Tags | None = None
+    ) -> list[bytes]:
         """Bytes [start, end) of each (path, start, end), fetched concurrently; an empty range costs no request.
 
         With ``sinks``, one for each range, the bytes go to these instead, piece by piece as they come, in order within a
         range, from several threads: ``sink(offset, piece)``. A range that is tried again begins at offset 0 again.
+
+        With ``tags``, a dictionary that the caller keeps, bytes of different calls are of the same objects: `Changed` if one
+        was replaced meanwhile, as its ETag tells, where the store gives one.
         """
         for path, start, end in requests:
             if not 0 <= start <= end:
@@ -147,7 +137,7 @@ class Store:
             fault: tuple[int, BaseException] | None = None
             parts = [(self._key(requests[i][0]), *requests[i][1:]) for i in todo]
             theirs = None if sinks is None else [sinks[i] for i in todo]
-            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs)
+            results = held.read_parts(parts, int(self.options.get("concurrency", CONCURRENCY)), theirs, tags)
             missing = []
             for i, result in zip(todo, results, strict=True):
                 path, start, end = requests[i]
@@ -164,6 +154,9 @@ class Store:
             if fault is not None:
                 path, start, end = requests[fault[0]]
                 blamed[0] = path
+                if isinstance(fault[1], Changed):
+                    told = "was replaced by another object while it was read; put the old one back"
+                    raise Changed(f"{self.join(path)}: {told}", path, self._key(path)) from None
                 self._check_length(held.filesystem, path, start, end, fault[1])
                 raise fault[1]
 
@@ -195,28 +188,45 @@ class Store:
             return self._local(path, lambda: os.stat(self.local_path(path)).st_size)
         return self._remote(path, lambda held, key, _: self._remote_size(held.filesystem, key))
 
+    def children(self, prefix: str = "") -> tuple[list[str], list[str]]:
+        """(folders, objects) directly below the folder `prefix`: their last names, sorted. None is no error."""
+        checked(prefix)
+        if self.is_local:
+            return self._local(prefix, lambda: local.children(self.local_path(prefix)))
+
+        def attempt(held: Client, key: str, _n: int) -> tuple[list[str], list[str]]:
+            found = looks.children(held.filesystem, key)
+            if not any(found):
+                self._check_bucket(held.filesystem)
+            return found
+
+        return self._remote(prefix, attempt)
+
     def list(self, prefix: str = "") -> list[str]:
         """All objects below the folder `prefix`, recursively, sorted, relative to this store. None is no error."""
-        _checked(prefix)
+        checked(prefix)
         prefix = prefix.rstrip("/")
         lead = f"{prefix}/" if prefix else ""
         if self.is_local:
             return self._local(prefix, lambda: [lead + name for name in local.walk(self.local_path(prefix))])
 
         def attempt(held: Client, key: str, _n: int) -> list[str]:
-            fs = held.filesystem
-            try:
-                found = fs.find(key)
-            except FileNotFoundError:
-                self._check_bucket(fs)
-                return []
-            if not found:
-                self._check_bucket(fs)
-            cut = key.strip("/") + "/" if key.strip("/") else ""
-            names = [name.strip("/") for name in found]
-            return sorted(lead + name[len(cut) :] for name in names if name.startswith(cut) and name != cut)
+            names = looks.objects(held.filesystem, key)
+            if not names:
+                self._check_bucket(held.filesystem)
+            return [lead + name for name in names]
 
         return self._remote(prefix, attempt)
+
+    def times(self, path: str) -> tuple[float, float] | None:
+        """When an object was last written and what time it is, in seconds since the epoch, both by the store's own clock
+        (S3: whole seconds; a local disk: this machine's); None where a store does not tell."""
+        if self.is_local:
+            return self._local(path, lambda: (os.stat(self.local_path(path)).st_mtime, time.time()))
+        if self._protocol not in S3_PROTOCOLS:
+            return None
+
+        return self._remote(path, lambda held, key, _: looks.times(held.filesystem, key))
 
     # Writing
 
@@ -225,7 +235,22 @@ class Store:
         if self.is_local:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
         else:
-            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, bytes(data)))
+            body = _body(data)
+            self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, body))
+
+    def write_pieces(self, path: str, pieces: Iterable[Any], size: int) -> None:
+        """As `write`, of `size` bytes that come in pieces (anything with the buffer protocol). Files and S3 objects are
+        written as the pieces come; other stores get them in one."""
+        flat = (memoryview(piece).cast("B") for piece in pieces)
+        if self.is_local:
+            self._local(path, lambda: local.write_pieces(self.local_path(path), flat))
+        elif self._protocol in S3_PROTOCOLS and size > multipart.PART_BYTES:
+            bucket, _, key = self._key(path).partition("/")
+            multipart.upload(
+                lambda call: self._remote(path, lambda held, *_: call(held.filesystem)), bucket, key, flat, size
+            )
+        else:
+            self.write(path, b"".join(flat))
 
     def create(self, path: str, data: bytes | bytearray | memoryview) -> bool:
         """Write an object only if there is none; False if there is one. Of racing writers exactly one gets True.
@@ -237,8 +262,13 @@ class Store:
         """
         if self.is_local:
             return self._local(path, lambda: local.create(self.local_path(path), memoryview(data).cast("B")))
-        body = bytes(data)
+        body = _body(data)
         return self._remote(path, lambda held, key, n: create(held, self._protocol, key, body, n, self.retry.sleep))
+
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the server was found to check conditions, by `create`; None where that is not yet, or never, asked."""
+        return None if self.is_local else self._client().conditional.get(self._root.split("/")[0])
 
     def write_json(self, path: str, value: Any) -> None:
         """`value` as canonical JSON: sorted keys, no spaces, so that equal values are equal bytes."""
@@ -268,8 +298,11 @@ class Store:
 
     # Plumbing
 
+    def _url(self, path: str) -> str:
+        return self.join(path) if path else self.url
+
     def _key(self, path: str) -> str:
-        _checked(path)
+        checked(path)
         return f"{self._root}/{path}" if path else self._root
 
     def _client(self) -> Client:
@@ -320,7 +353,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            raise self._translate(error, (names or {}).get(error.filename, path)) from error
+            raise translate(error, self._url((names or {}).get(error.filename, path)), self.is_local) from error
 
     def _remote(self, path: str, operation: Callable[[Client, str, int], T], blamed: Sequence[str] = ()) -> T:
         held = self._client()
@@ -344,37 +377,12 @@ class Store:
             where = blamed[0] if blamed else path
             if isinstance(error, FileNotFoundError):
                 self._check_bucket(held.filesystem)
-            raise self._translate(error, where) from error
-
-    def _translate(self, error: Exception, path: str) -> StoreError:
-        url = self.join(path) if path else self.url
-        names = {type(link).__name__ for link in chain(error)}
-        status, code = response_of(error)
-        text = " ".join(str(error).split()) or type(error).__name__
-        if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"}:
-            return AccessDenied(
-                f"{url}: no credentials ({text}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        if status == 507 or code in _FULL_CODES or (isinstance(error, OSError) and error.errno in _FULL_ERRNO):
-            reason = code or getattr(error, "strerror", None) or text
-            return OutOfSpace(f"{url}: no space left for it ({reason}); free space and start again")
-        if isinstance(error, NotADirectoryError):
-            return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
-        if isinstance(error, FileNotFoundError):
-            return NotFound(f"{url}: not found; check the URL")
-        if isinstance(error, PermissionError) or status in (401, 403):
-            hint = (
-                "check its permissions"
-                if self.is_local
-                else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
-            )
-            return AccessDenied(f"{url}: access denied ({code or text}); {hint}")
-        if is_transient(error):
-            endpoint = "" if self.is_local else "; check AWS_ENDPOINT_URL and the network"
-            return Unreachable(f"{url}: the store did not answer in time ({type(error).__name__}: {text}){endpoint}")
-        return StoreError(f"{url}: {type(error).__name__}: {text}")
+            raise translate(error, self._url(where), self.is_local) from error
 
 
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; equal values give equal bytes. NaN is refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def _body(data: bytes | bytearray | memoryview) -> bytes | bytearray:
+    """What filesystems write, botocore among them, which takes no memoryview: copied only if it is a part of something."""
+    if not isinstance(data, memoryview):
+        return data
+    whole = data.obj
+    return whole if isinstance(whole, (bytes, bytearray)) and len(whole) == data.nbytes else bytes(data)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Protocol
 from urllib.parse import quote
 
@@ -233,10 +234,10 @@ class ShardCache:
     def _download(self, source: Source, path: str, size: int, part: str) -> int:
         """Fill ``part`` from the store, as the bytes come; returns their CRC-32."""
         checksum = 0
-        # Equal blocks: shards are often slightly larger than a power of two, and a last block of a few bytes would cost a
-        # request of its own.
-        step = max(1, -(-size // max(1, round(size / BLOCK))))
-        blocks = [Block(first, min(step, size - first)) for first in range(0, size, step)]
+        # Blocks begin where servers cut objects, at multiples of BLOCK: one that does not costs Ceph two reads. Shards are
+        # often slightly larger than a power of two, so a last block that would be short joins the one before it.
+        cuts = [*range(0, max(size - BLOCK // 2, 1), BLOCK), size]
+        blocks = [Block(first, end - first) for first, end in pairwise(cuts)]
         descriptor = os.open(part, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for k in range(0, len(blocks), PARALLEL):

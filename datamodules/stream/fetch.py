@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.format import DataError, Dataset, Piece
-from datamodules.store import NoBucket, NotFound, ShortRead
+from datamodules.store import Changed, NoBucket, NotFound, ShortRead
 
 from .buffers import Pool, Rows, Slab
 from .cache import ShardCache
@@ -237,7 +237,7 @@ class Reader:
         if not remote:
             return
         try:
-            fetched = self.dataset.store.read_ranges([(block.path, block.start, block.stop) for block in remote])
+            fetched = self._read_ranges([(block.path, block.start, block.stop) for block in remote])
         except NoBucket:
             raise
         except (ShortRead, NotFound) as error:  # the manifest lists the object, so the data set is damaged
@@ -246,6 +246,19 @@ class Reader:
         self.metrics.add(fetched=sum(map(len, fetched)))
         for block, data in zip(remote, fetched, strict=True):
             yield block, memoryview(data)
+
+    def _read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
+        """From the store. An object that was replaced meanwhile must hold what the manifest says, as a whole."""
+        store, tags = self.dataset.store, self.windows.array.tags
+        try:
+            return store.read_ranges(ranges, tags=tags)
+        except Changed as error:
+            self._watch.check(now=True)
+            info = self.dataset.objects.get(error.path)
+            if info is None or not info.at(store):
+                raise DataError(str(error)) from error
+            tags.pop(error.key, None)
+            return self._read_ranges(ranges)
 
     def _again(self, block: Block) -> memoryview:
         """The bytes of a block from the store once more, past a cached copy, which is dropped."""

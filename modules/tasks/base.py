@@ -87,6 +87,15 @@ class Task(lightning.LightningModule, ABC):
     def example_batch(self, batch_size: int, device: torch.device | str = "meta") -> dict[str, Tensor]:
         """A batch of the shapes and dtypes of training, content arbitrary: for counting FLOPs and memory."""
 
+    def metric_names(self) -> list[str]:
+        """The names that `evaluation_step` gives, without data; for a task on the meta device."""
+        with torch.no_grad():
+            return list(self.evaluation_step(self._evaluation_batch()))
+
+    def _evaluation_batch(self) -> dict[str, Tensor]:
+        """A batch of the shapes of evaluation, on the meta device."""
+        return self.example_batch(1)
+
     def tokens_per_sample(self) -> int:
         """Number of predicted tokens of one sample; 1 where the sample is the unit."""
         return 1

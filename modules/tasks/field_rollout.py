@@ -182,8 +182,14 @@ class FieldRollout(Task):
         return {name: value.detach().float().cpu() for name, value in found.items()}
 
     def example_batch(self, batch_size: int, device: torch.device | str = "meta") -> dict[str, Tensor]:
+        return self._example(batch_size, self.config.rollout_steps, device)
+
+    def _evaluation_batch(self) -> dict[str, Tensor]:
+        return self._example(1, self.config.eval_rollout_steps, "meta")
+
+    def _example(self, batch_size: int, steps: int, device: torch.device | str) -> dict[str, Tensor]:
         config = self.config
-        frames = config.input_frames + config.rollout_steps
+        frames = config.input_frames + steps
         return {
             "fields": torch.zeros(batch_size, frames, config.channels, *config.space, device=device),
             "index": torch.zeros(batch_size, dtype=torch.int64, device=device),

@@ -14,8 +14,6 @@ second call goes on where the first ended. Needs Linux, for a full disk the righ
 
 from __future__ import annotations
 
-import argparse
-import bisect
 import json
 import math
 import multiprocessing
@@ -27,7 +25,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +36,7 @@ sys.path.insert(0, ROOT)
 from scripts.bench import _table
 from scripts.bench.faults_fork import PRELOAD, launcher
 from scripts.bench.faults_inject import OUTSIDE, Injector, Place, events
+from scripts.bench.faults_report import cost, report, told
 from scripts.services import s3
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 
@@ -110,19 +108,8 @@ def main() -> None:
             list(pool.map(lane, range(options.lanes)))
     finally:
         s3.down(folder / "s3")
-    report(options, rows)
-
-
-def told(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return "a run without a fault"
-    row, bad = rows[0], [row["kind"] for row in rows if not row["survived"]]
-    end = (
-        f"NOT SURVIVED: {', '.join(bad)}"
-        if bad
-        else {True: "equal", False: "NOT EQUAL", None: "survived"}[row["equal"]]
-    )
-    return f"run {row['case']}: {row['model']} on {row['world']} ({row['group']}), {len(rows)} faults, {end}"
+    setting = f"of {STEPS} steps, a commit every {EVERY} steps, {options.lanes} runs at a time"
+    report(options, rows, setting)
 
 
 def strategy(model: str, world: int) -> str:
@@ -200,6 +187,7 @@ def carry_out(case: dict[str, Any], data: dict[str, str], folder: Path) -> list[
         rows.append(
             {
                 "case": case["number"],
+                "url": place.url,
                 **{key: case[key] for key in ("group", "model", "world", "strategy", "store", "background", "forked")},
                 **{key: fault[key] for key in ("kind", "rank", "phase")},
                 # Of a run that did not end well the last fault is the cause: after the others it went on.
@@ -213,25 +201,6 @@ def carry_out(case: dict[str, Any], data: dict[str, str], folder: Path) -> list[
     if done and not os.environ.get("KEEP"):
         shutil.rmtree(root)
     return rows
-
-
-def cost(steps: list[tuple[float, int, int]], struck: float, until: float) -> dict[str, Any]:
-    """What a fault cost that struck between two times, by the steps (when, number, process of rank 0) of its run.
-
-    `steps_lost`: done and done again; `seconds`: to the first step after it went on from a commit (`restarted`), else the
-    longest time between two steps; None where the next fault struck first.
-    """
-    at = bisect.bisect(steps, (struck,))
-    done, seconds = steps[at - 1][1] if at else 0, 0.0
-    for index in range(at, len(steps)):
-        when, number, process = steps[index]
-        before = steps[index - 1] if index else (struck, 0, 0)
-        if when > until:
-            break
-        if (number, process) != (before[1] + 1, before[2]):
-            return {"steps_lost": before[1] - (number - 1), "seconds": when - struck, "restarted": True, "step": done}
-        seconds = max(seconds, when - max(before[0], struck))
-    return {"steps_lost": 0, "seconds": seconds or None, "restarted": False, "step": done}
 
 
 def undisturbed(folder: Path, case: dict[str, Any], data: dict[str, str]) -> dict[int, float]:
@@ -270,14 +239,14 @@ def run(place: Place, case: dict[str, Any], data: dict[str, str]) -> tuple[int, 
     content = {"faults": case["faults"], "url": config.url, "world": case["world"], "max_restarts": 4}
     (place.folder / "plan.json").write_text(json.dumps(content))
     outside = [fault for fault in case["faults"] if fault["kind"] in OUTSIDE]
-    injector = Injector(place, outside, case["world"], str(case["number"]))
+    injector = Injector(place, outside, case["world"], str(case["number"]), 2 * EVERY + 1)
     end, extra = time.monotonic() + LIMIT_S, ()
     environment = {**os.environ, **place.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     (place.folder / "log.txt").touch()
     while True:
         injector.tree_killed = False
         wait = started(place.folder, extra, environment, injector, forked=case["forked"])
-        if not injector.is_alive():
+        if injector.ident is None:  # not begun yet
             injector.start()
         code = wait(max(end - time.monotonic(), 1))
         if (code != EXIT_REQUEUE and not injector.tree_killed) or time.monotonic() > end:
@@ -350,67 +319,6 @@ def described(place: Place, case: dict[str, Any], data: dict[str, str]) -> dict[
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        name = f"{row['kind']}{', while starting' if row['phase'] == 'start' else ''}"
-        for key in (
-            name,
-            "all",
-            f"on {row['world']}",
-            row["model"],
-            "saved in the background" if row["background"] else "",
-        ):
-            groups[key].append(row)
-    groups.pop("", None)
-    kinds = sorted({name for name in groups if name.split(",")[0] in {row["kind"] for row in rows}})
-    totals = ["all", *sorted(name for name in groups if name.startswith("on ")), "fno", "lm", "saved in the background"]
-    table, figures = [], {}
-    for name in [*kinds, *(name for name in totals if name in groups)]:
-        found = groups[name]
-        seconds = [row["seconds"] for row in found if row["seconds"] is not None and row["forked"]]
-        whole = [row["seconds"] for row in found if row["seconds"] is not None and not row["forked"]]
-        compared = [row["equal"] for row in found if row["equal"] is not None]
-        each = figures[name] = {
-            "faults": len(found),
-            "survived": sum(row["survived"] for row in found),
-            "restarted": sum(row["restarted"] for row in found),
-            "steps_lost_mean": statistics.mean(row["steps_lost"] for row in found),
-            "steps_lost_max": max(row["steps_lost"] for row in found),
-            "seconds_median": statistics.median(seconds) if seconds else None,
-            "seconds_max": max(seconds) if seconds else None,
-            "seconds_with_imports_median": statistics.median(whole) if whole else None,
-            "equal": sum(compared),
-            "compared": len(compared),
-        }
-        times = ["-", "-"] if not seconds else [each["seconds_median"], each["seconds_max"]]
-        times.append(each["seconds_with_imports_median"] or "-")
-        equal = f"{each['equal']}/{each['compared']}" if compared else "-"
-        lost = [each["steps_lost_mean"], each["steps_lost_max"]]
-        table.append([name, f"{each['survived']}/{each['faults']}", each["restarted"], *lost, *times, equal])
-    columns = [
-        "fault",
-        "survived",
-        "went back",
-        "steps lost, mean",
-        "max",
-        "s to next step, median",
-        "max",
-        "with imports, median",
-        "losses bitwise equal",
-    ]
-    ratios = [row["ratio"] for row in rows if row["group"] == "numbers" and row["ratio"] is not None]
-    off = (
-        f"; final loss of runs with bad numbers {min(ratios):.3f} to {max(ratios):.3f} of the undisturbed"
-        if ratios
-        else ""
-    )
-    runs = len({row["case"] for row in rows})
-    note = f"{runs} runs of {STEPS} steps, a commit every {EVERY} steps, {options.lanes} runs at a time{off}"
-    _table.show("Injected faults", columns, table, note)
-    _table.save(options, {"kinds": figures, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -64,12 +64,13 @@ class Place:
 class Injector(threading.Thread):
     """Strikes, one after another, the faults of a case that come from outside, each some time after its step was done.
 
-    `struck`: {id: when it began to matter}; a fault of a store or a disk is there until it has.
+    `struck`: {id: when it began to matter}; a fault of a store or a disk is there until it has, and nothing strikes in the
+    `apart` steps after it, in which the next commits are made.
     """
 
-    def __init__(self, place: Place, faults: list[dict[str, Any]], world: int, seed: str) -> None:
+    def __init__(self, place: Place, faults: list[dict[str, Any]], world: int, seed: str, apart: int) -> None:
         super().__init__(daemon=True)
-        self.place, self.faults, self.world = place, faults, world
+        self.place, self.faults, self.world, self.apart, self.earliest = place, faults, world, apart, 0
         self.launcher = 0  # its process id
         self.struck: dict[str, float] = {}
         self.tree_killed = False  # the launcher's end was this one's doing
@@ -89,11 +90,13 @@ class Injector(threading.Thread):
             when = self._strike(fault)
             if when is not None:
                 last = self.struck[fault["id"]] = when
+            if fault["kind"] in (*STORE, "disk_full"):  # saves that failed in it are another fault's loss otherwise
+                self.earliest = self._progress()[0] + self.apart
 
     def _ripe(self, fault: dict[str, Any], last: float) -> bool:
         if fault["phase"] == "run":
             step, when = self._progress()
-            return step >= fault["step"] and when > last  # goes on after what struck before
+            return step >= max(fault["step"], self.earliest) and when > last  # goes on after what struck before
         return all(self._pid(rank) is not None for rank in range(self.world)) and self._fresh(last)
 
     def _fresh(self, last: float) -> bool:

@@ -45,6 +45,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         2,
         {"strategy.name": "fsdp", "train.precision": "bf16-mixed"},
     ),
+    "transformer, fsdp, 2 processes, averaged, bad steps undone": (
+        "transformer",
+        2,
+        {"strategy.name": "fsdp", "train.ema_decay": 0.9, "recovery.nonfinite": "skip", "recovery.spike": "skip"},
+    ),
 }
 
 

@@ -8,9 +8,8 @@
 
 The head holds no CPUs, so that it runs the drivers of jobs and no more, and losing a node never loses a driver. DIR holds
 the token (mode 600), the ports and the logs of the start; Ray's own folder lies below the one for temporary files, since
-the paths of its sockets must be short. Read when DIR is made:
-    KEEL_RAY_CPUS     CPUs of each node (default 2; more than there are is fine)
-    KEEL_RAY_TIMEOUT  seconds after which a silent node is dead (default 10)
+the paths of its sockets must be short. Read when DIR is made: KEEL_RAY_CPUS, CPUs of each node (default 2; more than there
+are is fine).
 """
 
 from __future__ import annotations
@@ -73,7 +72,8 @@ def up(directory: str | Path, nodes: int = 0) -> dict[str, str]:
     for wait in started:
         wait()
     deadline = time.monotonic() + START_TIMEOUT_S
-    while _alive(folder, state) < len(names):
+    wanted = {f"{state['network']}.{state['addresses'][name]}" for name in names}
+    while not wanted <= _alive(folder, state):
         if time.monotonic() > deadline:
             raise RuntimeError(f"the nodes do not register; the logs: {state['temp']}/session_latest/logs")
         time.sleep(0.2)
@@ -130,7 +130,6 @@ def _make(folder: Path, nodes: int) -> dict[str, Any]:
         "nodes": nodes,
         "addresses": {HEAD: 1},
         "cpus": int(os.environ.get("KEEL_RAY_CPUS", "2")),
-        "timeout": int(os.environ.get("KEEL_RAY_TIMEOUT", "10")),
     }
     _write(folder, state)
     return state
@@ -168,9 +167,10 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     settings = {
         **{name: value for name, value in environment(folder, state).items() if "ADDRESS" not in name},
+        # A node that is gone refuses the connection, and is soon dead; one on a busy machine may be slow to answer.
         "RAY_health_check_period_ms": "1000",
-        "RAY_health_check_timeout_ms": str(1000 * state["timeout"]),
-        "RAY_health_check_failure_threshold": str(state["timeout"]),
+        "RAY_health_check_timeout_ms": "30000",
+        "RAY_health_check_failure_threshold": "5",
         "RAY_memory_monitor_refresh_ms": "0",  # the machine may be full for other reasons
         "RAY_prestart_worker_first_driver": "0",  # not one idle process for each CPU
         SERVICE: str(folder),
@@ -195,10 +195,16 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
     started = [call()]
 
     def wait() -> None:
-        for left in reversed(range(3)):  # Ray itself gives up after 30 s, which a busy machine may need
+        for left in reversed(range(3)):
+            # Ray itself gives up after 30 s, and leaves its processes; on a busy machine these may only need longer.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if started[-1].wait(START_TIMEOUT_S) == 0:
                     return
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while name in _running(folder) and time.monotonic() < deadline:
+                if address in _alive(folder, state):
+                    return
+                time.sleep(0.5)
             _end(folder, name)
             started[-1].wait()
             if left:
@@ -208,8 +214,8 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
     return wait
 
 
-def _alive(folder: Path, state: dict[str, Any]) -> int:
-    """How many nodes with CPUs the cluster knows."""
+def _alive(folder: Path, state: dict[str, Any]) -> set[str]:
+    """Addresses of the nodes that the cluster knows to be alive."""
     url = f"{environment(folder, state)['RAY_API_SERVER_ADDRESS']}/api/v0/nodes?detail=1&limit=1000"
     token = (folder / "token").read_text()
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {token}"})
@@ -218,8 +224,8 @@ def _alive(folder: Path, state: dict[str, Any]) -> int:
         with opener.open(request, timeout=30) as response:
             rows = json.load(response)["data"]["result"]["result"]
     except (OSError, ValueError):
-        return 0
-    return sum(row["state"] == "ALIVE" and "CPU" in row["resources_total"] for row in rows)
+        return set()
+    return {row["node_ip"] for row in rows if row["state"] == "ALIVE"}
 
 
 def _processes(folder: Path) -> Iterator[tuple[int, str]]:

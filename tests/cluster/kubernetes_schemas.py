@@ -90,16 +90,13 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
     ("ray.io/v1", "RayJob"): _object(
         "entrypoint rayClusterSpec",
         entrypoint=STRING,
+        jobId=STRING,
         submissionMode=_one_of("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
         backoffLimit=COUNT,
-        activeDeadlineSeconds=POSITIVE,
         shutdownAfterJobFinishes=BOOLEAN,
         ttlSecondsAfterFinished=COUNT,
-        runtimeEnvYAML=STRING,
-        submitterPodTemplate=POD,
         rayClusterSpec=_object(
             "headGroupSpec",
-            rayVersion=STRING,
             enableInTreeAutoscaling=BOOLEAN,
             headGroupSpec=_object("rayStartParams template", **RAY_GROUP),
             workerGroupSpecs={

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.launch import EXIT_UNAVAILABLE
 from datamodules.store import Store
 from tests.conftest import free_port, unavailable
 from tests.helpers.runs import fno_config, tiny_fields
@@ -34,9 +35,9 @@ def keel(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
     lines = [line for line in done.stderr.strip().splitlines() if "━" not in line]  # but for a progress bar
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == code, done.stderr
     assert len(lines) == 1 and lines[0].startswith("keel: error: "), done.stderr
     for part in parts:
         assert part in lines[0]
@@ -72,7 +73,8 @@ def test_unreachable_endpoint(tmp_path: Path) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": endpoint}
     done = keel("train", config(tmp_path, "s3://some-bucket/data", 1), **keys)
-    assert_one_line(done, endpoint.removeprefix("http://"), "AWS_ENDPOINT_URL")
+    # It may be wrong, or not there yet: a launcher may try again.
+    assert_one_line(done, endpoint.removeprefix("http://"), "AWS_ENDPOINT_URL", code=EXIT_UNAVAILABLE)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -97,7 +99,7 @@ def test_a_world_that_does_not_divide_the_batch(tmp_path: Path, data: Path) -> N
 def test_truncated_checkpoint(tmp_path: Path, data: Path, processes: int) -> None:
     path = config(tmp_path, str(data), processes, max_steps=4)
     assert keel("train", path).returncode == 0
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004" / "rank-00000-000.bin"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004" / "writer-0001-rank-00000-000.bin"
     os.truncate(checkpoint, 100)
     done = keel("resume", str(tmp_path / "run"), "train.max_steps=6")
     lines = [line for line in done.stderr.splitlines() if "WARNING" not in line]

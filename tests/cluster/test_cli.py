@@ -44,9 +44,9 @@ def test_help_of_every_command_is_complete(words: tuple[str, ...], parser: argpa
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(words) for words, _ in LEAVES} == {
-        "train", "submit", "resume", "evaluate", "report", "data make", "data import", "data check", "data show",
-        "data stats", "data copy", "config show", "dryrun", "fit", "plan", "score",
-        "sweep plan", "sweep run", "sweep status",
+        "train", "submit", "resume", "evaluate", "report", "status", "logs", "cancel", "ls", "top", "doctor",
+        "data make", "data import", "data check", "data show", "data stats", "data copy", "config show", "dryrun",
+        "coordcheck", "fit", "plan", "score", "sweep plan", "sweep run", "sweep status",
         "checkpoint ls", "checkpoint show", "checkpoint verify", "checkpoint export", "checkpoint prune", "checkpoint diff",
     }  # fmt: skip
 

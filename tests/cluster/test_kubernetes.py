@@ -27,6 +27,7 @@ from cluster.launch.kubernetes_pods import escaped
 from cluster.launch.spec import CodeSpec, JobSpec
 from datamodules.store import Store
 from tests.cluster.kubernetes_schemas import validate
+from tests.conftest import free_port
 from tests.helpers.runs import fno_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,6 +89,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pytorchjob": ({"kubernetes": {"kind": "pytorchjob"}}, {}),
     "pytorchjob_elastic": ({"kubernetes": {"kind": "pytorchjob"}}, {"max_nodes": 4, "time_limit_s": None}),
     "trainjob": ({"kubernetes": {"kind": "trainjob"}}, {}),
+    "rayjob": ({"kubernetes": {"kind": "rayjob"}}, {"max_nodes": 4, "code": SNAPSHOT}),
 }
 
 
@@ -135,6 +137,8 @@ def _set(document: dict[str, Any], path: str, value: Any) -> None:
         ("pytorchjob", "spec.pytorchReplicaSpecs.Worker.template.spec.volume"),
         ("pytorchjob", "spec.pytorchReplicaSpecs.Leader"),
         ("trainjob", "spec.trainer.nodes"),
+        ("rayjob", "spec.rayClusterSpec.workerGroupSpecs.0.replica"),
+        ("rayjob", "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.envs"),
     ],
 )
 def test_a_typo_in_a_manifest_would_be_noticed(name: str, path: str) -> None:
@@ -156,7 +160,7 @@ def test_what_is_a_retry_and_what_is_not() -> None:
     evicted, preempted, fatal = rules()
     assert evicted["action"] == preempted["action"] == "Ignore" and fatal["action"] == "FailJob"
     assert preempted["onExitCodes"] == {"operator": "In", "values": [75]}
-    assert fatal["onExitCodes"] == {"operator": "NotIn", "values": [74, 75, 137, 143]}  # 2 is bad input, 1 a crash
+    assert fatal["onExitCodes"] == {"operator": "NotIn", "values": [69, 74, 75, 137, 143]}  # 2 is bad input, 1 a crash
     assert [rule["action"] for rule in rules(requeue=False)] == ["FailJob"]
     assert rules(retries=0)[-1]["onExitCodes"]["values"] == [75]
     assert rules(retries=0, requeue=False) == []
@@ -174,19 +178,41 @@ def test_no_secret_is_in_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hush-hush" not in render(FULL) and "name: s3-credentials" in render(FULL)
 
 
-def test_dollars_reach_the_pod_as_they_are() -> None:
-    # As Kubernetes expands: $(NAME) is a variable, $$ is one dollar.
-    def expanded(text: str) -> str:
-        out, i = "", 0
-        while i < len(text):
-            if text[i] == "$" and text[i + 1 : i + 2] == "$":
-                i += 1
-            elif text[i] == "$" and text[i + 1 : i + 2] == "(" and ")" in text[i:]:
-                raise AssertionError(f"{text} has a variable at {i}")
-            out += text[i]
+def expanded(text: str) -> str:
+    """As Kubernetes does: $$ is one dollar, and $(NAME) a variable, of which there is none."""
+    out, i = "", 0
+    while i < len(text):
+        if text[i] == "$" and text[i + 1 : i + 2] == "$":
             i += 1
-        return out
+        elif text[i] == "$" and text[i + 1 : i + 2] == "(" and ")" in text[i:]:
+            raise AssertionError(f"{text} has a variable at {i}")
+        out += text[i]
+        i += 1
+    return out
 
+
+def test_what_the_pods_of_a_job_would_run_meets_and_ends_well(tmp_path: Path) -> None:
+    """Two processes in place of two pods; only the name of the first is another."""
+    fields = {"command": ("platform",), "run_url": str(tmp_path / "run"), "processes": 1, "env": {"A": "$(b) $$"}}
+    cluster = {"python": sys.executable, "setup": ["export SET=1"], "rendezvous": {"port": free_port()}}
+    (job,) = documents(cluster, **fields)
+    (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    pods = []
+    for index in range(2):
+        env = {entry["name"]: expanded(entry["value"]) for entry in container["env"] if "value" in entry}
+        (number,) = (entry for entry in container["env"] if "valueFrom" in entry)
+        assert number["name"] == "KEEL_NODE" and "job-completion-index" in number["valueFrom"]["fieldRef"]["fieldPath"]
+        host, _, port = env["KEEL_RENDEZVOUS"].partition(":")
+        assert host == f"{env['KEEL_JOB']}-node-0-0.{env['KEEL_JOB']}" and env["A"] == "$(b) $$"
+        env |= {"KEEL_NODE": str(index), "KEEL_RENDEZVOUS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+        words = [expanded(word) for word in container["command"]]
+        pods.append(subprocess.Popen(words, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, cwd=tmp_path))
+    assert [pod.wait(200) for pod in pods] == [0, 0]
+    ends = [Store(fields["run_url"]).read_json(f"status/node-{node}.json") for node in (0, 1)]
+    assert [(end["reason"], end["job_id"]) for end in ends] == [("done", job["metadata"]["name"])] * 2
+
+
+def test_dollars_reach_the_pod_as_they_are() -> None:
     for text in ("$HOME", "$(date)", "$$", "a $$(b) $", "$((1 + $N))", "${X:-$(y)}"):
         assert expanded(escaped(text)) == text
 
@@ -201,7 +227,7 @@ def test_dollars_reach_the_pod_as_they_are() -> None:
         ({"kubernetes": {"queue": "q"}}, {"max_nodes": 4}, "max_nodes=4: Kueue admits all of a jobset or nothing"),
         ({}, {"code": CodeSpec("path", "/shared/keel")}, "code.where=/shared/keel lies in none of kubernetes.volumes"),
         ({"kubernetes": {"pod": {"containers": []}}}, {}, "kubernetes.pod.containers is set by Keel"),
-        ({"kubernetes": {"kind": "pod"}}, {}, "kind=pod: must be one of jobset, pytorchjob, trainjob, job"),
+        ({"kubernetes": {"kind": "pod"}}, {}, "kind=pod: must be one of jobset, pytorchjob, trainjob, rayjob, job"),
         ({"kubernetes": {"nodeselector": {}}}, {}, "unknown key 'kubernetes.nodeselector': did you mean"),
         ({"kubernetes": {"shm": "8 GB"}}, {}, "'8 GB' is no quantity, such as 4, 500m or 16Gi"),
         ({"kubernetes": {"pull": "Sometimes"}}, {}, "pull=Sometimes: must be one of Always, IfNotPresent, Never"),
@@ -239,7 +265,7 @@ def test_the_shell_of_a_pytorchjob_tells_the_operator_what_to_start_again(tmp_pa
         env = {**os.environ, "RANK": "3", "CODE": str(code)}
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
-    for code, told in [(0, 0), (2, 2), (75, 203), (74, 202), (1, 1)]:
+    for code, told in [(0, 0), (2, 2), (75, 203), (74, 202), (69, 197), (1, 1)]:
         assert start(code).wait(60) == told
     preempted = start(-1)
     assert preempted.stdout is not None and preempted.stdout.readline() == "3\n"
@@ -351,6 +377,10 @@ def _line(call: dict[str, Any]) -> str:
         ("trainjob", [ended("TrainJob", "Complete")], "done"),
         ("pytorchjob", [ended("PyTorchJob", "Succeeded")], "done"),
         ("pytorchjob", [ended("PyTorchJob", "Restarting")], "queued"),
+        ("rayjob", [found("RayJob", jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")], "done"),
+        ("rayjob", [found("RayJob", jobDeploymentStatus="Complete", jobStatus="STOPPED")], "cancelled"),
+        ("rayjob", [found("RayJob", jobDeploymentStatus="Failed", jobStatus="FAILED")], "failed"),
+        ("rayjob", [found("RayJob", jobDeploymentStatus="Initializing", jobStatus="")], "queued"),
         ("job", [ended("Job", "Complete", 0), found("Job", 1), found("Pod", 1, phase="Running")], "running"),
         ("job", [ended("Job", "Complete", 0), ended("Job", "Failed", 1)], "failed"),
     ],
@@ -378,6 +408,21 @@ def test_cancel_deletes_what_runs_and_logs_are_those_of_the_node(fake: Fake) -> 
     assert list(job.logs("x", 0)) == []
 
 
+def test_a_rayjob_is_cancelled_and_read_through_its_head(fake: Fake) -> None:
+    head = {"kind": "Pod", "metadata": {"name": "x-head", "labels": {}}, "status": {"phase": "Running"}}
+    job = backend(kind="rayjob")
+    fake.say(("exec", 0, "[node 0] one\nkeel: warning: x\n[node 1] two\n"), items=(found("RayJob"), head))
+    job.cancel("x")
+    ray = 'exec x-head -c ray-head -- sh -c ray job {} --address http://127.0.0.1:8265 "$KEEL_JOB"'
+    assert fake.words("exec") == [ray.format("stop --no-wait")] and fake.words("delete") == []
+    assert list(job.logs("x", 1)) == ["two"]
+    assert fake.words("exec")[1:] == [ray.format("logs")]
+    assert fake.words("get")[-1] == "get pods -l app.kubernetes.io/instance=x,ray.io/node-type=head -o json"
+    fake.say(items=(found("RayJob"),))
+    job.cancel("x")  # nobody is there yet to save
+    assert len(fake.words("delete")) == 1
+
+
 def test_a_job_that_runs_is_not_submitted_again_and_one_that_has_ended_makes_room(fake: Fake) -> None:
     fake.say(items=(found("Job"),))
     with pytest.raises(
@@ -385,12 +430,17 @@ def test_a_job_that_runs_is_not_submitted_again_and_one_that_has_ended_makes_roo
     ):
         backend().submit(BASE)
     fake.say(items=(ended("Job", "Failed"),))
+    with pytest.raises(ValueError, match=r"kubernetes\.apply=false: nothing would be queued"):
+        backend(apply=False).submit(BASE)
     backend().submit(BASE)
     assert len(fake.words("delete")) == 1 and len(fake.words("apply")) == 1  # the server would refuse a dry run
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
-REFUSED = "dial tcp 127.0.0.1:1: connect: connection refused"
+REFUSED = """\
+E1126 12:00:00.0 7 memcache.go:265] "Unhandled Error" err="couldn't get current server API group list: Get ..."
+The connection to the server 127.0.0.1:1 was refused - did you specify the right host or port?
+"""
 
 
 @pytest.mark.parametrize(
@@ -398,9 +448,8 @@ REFUSED = "dial tcp 127.0.0.1:1: connect: connection refused"
     [
         (
             {},
-            ("get", 1, "E1126 12:00:00.0 7 memcache.go:265] couldn't get current server API group list: " + REFUSED)
-            and ("get", 1, "The connection to the server 127.0.0.1:1 was refused - did you specify the right host?\n"),
-            "the Kubernetes API does not answer (The connection to the server 127.0.0.1:1 was refused",
+            ("get", 1, REFUSED),
+            "the Kubernetes API does not answer (The connection to the server 127.0.0.1:1 was refused - did",
         ),
         (
             {"kind": "jobset"},

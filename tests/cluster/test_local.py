@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.launch import Job, available_cores, launch
+from cluster.launch.budget import Budget
 from cluster.launch.local import first_failure
 
 # Stands in for `python -m trainer`: writes its environment, then does what its argument says.
@@ -139,6 +141,9 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert first_failure({0: (1, 10), 1: (-9, 40)}) == (0, 1)  # rank 1 hung and was killed much later
     assert first_failure({1: (1, 10), 0: (1, 10)}) == (1, 1)  # rank 1 was noticed first
     assert first_failure({0: (75, 10), 1: (75, 10)}) == (0, 75)
+    assert first_failure({0: (1, 10), 1: (75, 10)}) == (1, 75)  # rank 0 lost one that was told to end as it started
+    assert first_failure({0: (1, 10), 1: (69, 10)}) == (1, 69)  # rank 0 lost one whose store was away
+    assert first_failure({0: (69, 10), 1: (2, 10)}) == (1, 2)
     assert first_failure({0: (2, 10), 1: (1, 10)}) == (0, 2)
     assert first_failure({1: (-9, 11), 0: (76, 10)}) == (0, 76)  # rank 1 was stopped, and killed after the others hung
 
@@ -167,12 +172,13 @@ RESTARTED = """
 import json, os, signal, sys, time
 out, action, rank = sys.argv[1], sys.argv[2], int(os.environ["RANK"])
 start = int(os.environ["KEEL_RESTARTS"])
+ends = {"hung": 76, "away": 69}
 with open(f"{out}/start-{start}-{rank}.json", "w") as file:
     json.dump([start, os.environ["KEEL_RESTART_CAUSE"], os.environ.get("TORCHELASTIC_RESTART_COUNT", str(start))], file)
 if start < 2 or action == "always":
     if rank == int(os.environ["WORLD_SIZE"]) - 1:
         time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGKILL) if action != "hung" else os._exit(76)
+        os._exit(ends[action]) if action in ends else os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a rank that waits for the dead one
     time.sleep(60)
 """
@@ -183,6 +189,7 @@ if start < 2 or action == "always":
     [
         (1, "killed", "the worker was killed by SIGKILL"),
         (1, "hung", "the worker hung"),
+        (1, "away", "the worker could not reach its store"),
         (2, "killed", "rank 1 was kil"),
     ],
 )
@@ -212,8 +219,58 @@ def test_restarts_end_after_their_number_and_bad_input_is_not_tried_again(
     job = Job(("keel_restarted", str(tmp_path), "always"), max_restarts=2, restart_wait_s=0.01)
     assert launch(job) == 137
     assert sorted(path.name for path in tmp_path.glob("start-*")) == [f"start-{n}-0.json" for n in range(3)]
-    assert "restart 2 of 2" in capfd.readouterr().err
+    assert "restart 2 of 2 without a new commit" in capfd.readouterr().err
     assert launch(Job((worker, str(tmp_path), "user"), processes=2, threads=1, max_restarts=2)) == 2
     assert "starting again" not in capfd.readouterr().err
     with pytest.raises(ValueError, match="max_restarts=-1"):
         Job(("x",), max_restarts=-1)
+
+
+def test_progress_gives_the_restarts_back(worker: str, tmp_path: Path) -> None:
+    """Three failures with a commit before each are survived with one restart; the next one has none before it."""
+    (tmp_path / "keel_restarted.py").write_text(RESTARTED)
+    asked = itertools.count(1)
+    job = Job(
+        ("keel_restarted", str(tmp_path), "always"),
+        max_restarts=1,
+        restart_wait_s=0.01,
+        progress=lambda: min(next(asked), 3),
+    )
+    assert launch(job) == 137
+    assert sorted(path.name for path in tmp_path.glob("start-*")) == [f"start-{n}-0.json" for n in range(4)]
+
+
+def test_a_store_that_is_away_gives_no_restart_back() -> None:
+    commits = iter([5, ConnectionError("away"), 5, 4, 6])  # 4: the run went back
+
+    def newest() -> int:
+        found = next(commits)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    budget = Budget(3, newest)
+    assert [budget.used(count) for count in range(2, 7)] == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(("processes", "name"), [(1, "SIGTERM"), (2, "SIGUSR1")])
+def test_a_worker_told_to_end_before_it_could_take_note_is_a_requeue(
+    processes: int, name: str, worker: str, tmp_path: Path, capfd
+) -> None:
+    (tmp_path / "keel_early.py").write_text(
+        "import os, signal, time\n"
+        f"os.kill(os.getpid(), signal.{name}) if os.environ['RANK'] == '0' else time.sleep(60)\n"
+    )
+    assert launch(Job(("keel_early",), processes=processes, max_restarts=3)) == 75
+    assert capfd.readouterr().err == ""
+
+
+def test_a_job_told_to_end_between_two_starts_is_a_requeue(worker: str, tmp_path: Path) -> None:
+    (tmp_path / "keel_restarted.py").write_text(RESTARTED)
+    job = f"Job(('keel_restarted', {str(tmp_path)!r}, 'always'), max_restarts=3, restart_wait_s=50)"
+    code = f"import sys; from cluster.launch import Job, launch; sys.exit(launch({job}))"
+    launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert launcher.stderr is not None and "starting again" in launcher.stderr.readline()
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 75
+    assert [path.name for path in tmp_path.glob("start-*")] == ["start-0-0.json"]

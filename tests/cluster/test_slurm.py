@@ -141,6 +141,23 @@ def test_nodes_may_differ_in_memory(slurm: SlurmCluster, tmp_path: Path, monkeyp
     assert slurm.wait(name, "done") == "done"
 
 
+def test_a_container_runs_the_node_where_setup_has_run(
+    backend: Slurm, slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin/apptainer"  # exec --bind MOUNTS IMAGE COMMAND
+    stand_in.write_text('#!/bin/bash\necho "$1 $2 $3"\nexport STRAY="in $4"\nshift 4\nexec "$@"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "keel.sif").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    contained = make_backend(tmp_path, container="apptainer", mounts=["/data"])
+    name = contained.submit(job(tmp_path, "0", image=f"{tmp_path}/keel.sif"))
+    assert slurm.wait(name, "done") == "done"
+    for node, note in enumerate(notes(tmp_path, name, 0)):
+        assert (note["SETTING"], note["STRAY"], note["KEEL_NODE"]) == ("set", f"in {tmp_path}/keel.sif", str(node))
+    assert list(contained.logs(name, 0)) == [f"exec --bind {tmp_path}/code:{tmp_path}/code,/data", "node 0 start 0"]
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("action", ["save", "starting"])  # the second: before there is anybody to save
 def test_a_job_that_is_told_to_save_is_queued_again(

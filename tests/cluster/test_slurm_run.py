@@ -3,8 +3,10 @@ its time limit and with a lost node, a run ends bitwise as one that was left alo
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,9 +104,9 @@ def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: Sl
     finally:
         slurm.start("n2")
     assert training(5) >= resumed[3]
-    read_job(store).open().cancel(job)
+    assert keel("cancel", store.url) == 0
     assert slurm.wait(job, "cancelled") == "cancelled"
-    assert read_record(store)["status"] == "preempted"
+    assert read_record(store)["status"] == "cancelled"
 
     steps = committed_steps(store.sub("checkpoints"))[-1] + 20
     assert keel("resume", store.url, "--on", place / "slurm.yaml", f"train.max_steps={steps}", "nodes=2") == 0
@@ -122,7 +124,9 @@ def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: Sl
     assert [(node["phase"], node["exit_code"]) for node in ended] == [("ended", 0)] * 2
 
 
-def test_an_array_of_runs_and_one_that_is_cancelled(place: Path, slurm: SlurmCluster) -> None:
+def test_an_array_of_runs_and_one_that_is_cancelled(
+    place: Path, slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = yaml.safe_load((place / "run.yaml").read_text())["url"]
     settings = ("train.max_steps=8", "array=2", f"url={url}-{{index}}", "seed={index}")
     assert keel("submit", place / "run.yaml", "--on", place / "slurm.yaml", *settings) == 0
@@ -133,13 +137,43 @@ def test_an_array_of_runs_and_one_that_is_cancelled(place: Path, slurm: SlurmClu
     assert [record["status"] for record in records] == ["ok", "ok"]
     assert records[0]["config"]["seed"] == 0 and records[1]["config"]["seed"] == 1
     assert records[0]["loss"] != records[1]["loss"]
+    assert keel("status", tasks[1].url) == 0 and f"{job.job_id}_1 on slurm" in capsys.readouterr().out
 
     store, cancelled = submit(place, f"url={url}-cancelled")
     wait_until(lambda: step(store) > 0, "the run to train", 90)
-    read_job(store).open().cancel(cancelled)
-    assert slurm.wait(cancelled, "cancelled") == "cancelled"
+    wait_until(lambda: store.list("logs"), "a log", 60)
+
+    def told() -> dict[str, Any]:
+        capsys.readouterr()
+        code = keel("status", store.url, "--json")
+        said = json.loads(capsys.readouterr().out)
+        assert code == int(said["state"] not in ("starting", "running", "done"))
+        return dict(said)
+
+    now = wait_until(lambda: (said := told())["state"] == "running" and said, "the run to be heard", 60)
+    assert now["job"] == {"id": cancelled, "backend": "slurm", "state": "running", "error": None}
+    # From a machine that knows nothing of this Slurm the store tells the same.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", "/nowhere")
+        far = told()
+        assert far["state"] in ("running", "stalled") and "is not installed here" in far["job"]["error"]
+        assert keel("logs", store.url) == 0
+        here = place / "here.yaml"
+        here.write_text(f"{{backend: local, code: {{how: image}}, local: {{folder: {place}/jobs}}}}")
+        assert keel("resume", store.url, "--on", here) == 2
+        assert "which cannot be asked from here" in capsys.readouterr().err
+        assert keel("cancel", store.url) == 0
+        assert "a request lies in the store" in capsys.readouterr().out
+    # To Slurm it is a job that ended with 130, and was not queued again.
+    assert slurm.wait(cancelled, "failed") == "failed"
+    assert told()["state"] == "cancelled"
     record = read_record(store)
-    assert record["status"] == "preempted" and committed_steps(store.sub("checkpoints"))[-1] == record["steps"]
+    assert record["status"] == "cancelled" and committed_steps(store.sub("checkpoints"))[-1] == record["steps"]
+    with monkeypatch.context() as elsewhere:  # and there it goes on
+        elsewhere.setenv("PATH", "/nowhere")
+        steps = record["steps"] + 2
+        assert keel("resume", store.url, "--on", here, f"train.max_steps={steps}") == 0
+        assert told()["state"] == "done" and read_record(store)["steps"] == steps
 
 
 def test_a_store_that_the_nodes_cannot_write_to_is_one_line_and_no_second_start(

@@ -61,7 +61,7 @@ def submitted(url: str) -> Any:
     return job
 
 
-def until(url: str, *states: str, seconds: float = 90) -> str:
+def until(url: str, *states: str, seconds: float = 240) -> str:
     deadline = time.monotonic() + seconds
     job = submitted(url)
     while (state := job.open().state(job.job_id)) not in states:
@@ -259,6 +259,11 @@ def test_the_laptop_config_trains_in_the_foreground_on_two_nodes(place: Path, ca
     store = Store(str(place / "run"))
     assert read_record(store)["status"] == "ok" and read_record(store)["environment"]["world_size"] == 2
     assert store.read_json("status/node-1.json")["reason"] == "done"
+    assert keel("status", store.url) == 0
+    assert "tiny_fno  done  " in (shown := capfd.readouterr().out) and "8 of 8 (100 %)" in shown and "step 8" in shown
+    workers = [store.read_json(f"status/workers-{node}.json")["ranks"] for node in range(2)]
+    assert sorted(rank["rank"] for ranks in workers for rank in ranks) == [0, 1]
+    assert all(rank["memory_peak"] >= rank["memory"] > 1 << 20 and rank["step_s"] > 0 for (rank,) in workers)
     job = submitted(store.url)
     assert job.open().state(job.job_id) == "done" and job.spec.nodes == 2 and task_spec(job) == job.spec
     assert keel("submit", place / "run.yaml", "--on", laptop) == 2
@@ -289,9 +294,13 @@ def test_a_detached_job_is_cancelled_and_resumed_from_its_shipped_code(place: Pa
         time.sleep(0.1)
     assert keel("resume", run, "--on", place / "shipped.yaml") == 2
     assert f"job {job.job_id} of this run is running on local" in capsys.readouterr().err
-    job.open().cancel(job.job_id)
+    assert keel("cancel", run, "--wait") == 0
+    assert capsys.readouterr().out.endswith(f"{run}: cancelled\n")
     assert until(run, "cancelled") == "cancelled"
-    assert read_record(Store(run))["status"] == "preempted"
+    assert read_record(Store(run))["status"] == "cancelled"
+    assert keel("status", run, "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["state"] == told["job"]["state"] == "cancelled" and told["commit"]["step"] == told["step"]
     step = committed_steps(checkpoints)[-1]
     assert 0 < step < 400
     assert (cache / job.spec.code.digest / "cluster/launch/node.py").exists()
@@ -316,6 +325,17 @@ def test_an_array_and_a_job_after_it(place: Path, capsys) -> None:
     assert [record["status"] for record in records] == ["ok"] * 3
     assert [record["config"]["seed"] for record in records] == [0, 1, 7]
     assert list(first.open().logs(first.job_id, 0)) is not None
+    # What the run's own log does not have, the backend has.
+    folder = place / "state/keel/jobs" / first.job_id
+    (folder / "task-00001-node-0.log").write_text("from the node\n")
+    Store(f"{place}/a-1").delete_tree("logs")
+    capsys.readouterr()
+    assert keel("logs", f"{place}/a-1") == 0 and capsys.readouterr().out == "from the node\n"
+    assert keel("ls", place, "--json") == 0
+    runs = json.loads(capsys.readouterr().out)
+    assert [(told["url"], told["state"], told["step"]) for told in runs] == [
+        (f"{place}/{name}", "done", 4) for name in ("a-0", "a-1", "b")
+    ]
     # A job that comes after one that failed does not start.
     failed = place / "state/keel/jobs" / first.job_id / "outcome.json"
     failed.write_text(json.dumps({"state": "failed", "code": 1, "reason": "", "time": 0}))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import cli
 from datamodules.store import Store
+from trainer.records import read_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = [
@@ -86,7 +91,12 @@ def test_the_language_config_runs(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"{url}: ok after 2 steps, loss ")
 
 
-def test_no_worker_outlives_a_killed_launcher(data: str, tmp_path: Path) -> None:
+def test_a_dead_run_is_told_from_a_slow_one_and_ends_when_asked(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run under `keel train`: stopped, it is stalled; its launcher killed, no worker is left over, and it is dead; resumed,
+    it ends by a request in the store, which is the only way to it."""
+    monkeypatch.setenv("KEEL_HEARTBEAT_S", "0.3")
     url = str(tmp_path / "run")
     command = [
         sys.executable,
@@ -102,13 +112,53 @@ def test_no_worker_outlives_a_killed_launcher(data: str, tmp_path: Path) -> None
     while not Store(url).exists("checkpoints/step-00000003/COMMITTED"):
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+    def told(state: str) -> dict[str, Any]:
+        """What `keel status` says once the run is in that state."""
+        deadline = time.monotonic() + 90
+        while True:
+            capsys.readouterr()
+            code = cli.main(["status", url, "--json"])
+            said = json.loads(capsys.readouterr().out)
+            assert code == int(said["state"] not in ("starting", "running")) and time.monotonic() < deadline, said
+            if said["state"] == state:
+                return dict(said)
+            time.sleep(0.1)
+
     workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
     assert len(workers) == 2
+    said = told("running")
+    assert said["processes"] == 2 and said["attempts"] == 1 and said["commit"]["step"] >= 3 and said["hosts"]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    assert "its launcher lives" in told("stalled")["why"]
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    step = told("running")["step"]
+    assert cli.main(["top", url, "--once"]) == 0
+    assert "rank" in capsys.readouterr().out
     launcher.kill()
     launcher.wait(30)
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}/stat").exists() for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its launcher"
         time.sleep(0.05)
+    assert told("dead")["why"].startswith("no heartbeat for ")
+    assert cli.main(["cancel", url]) == 0
+    assert "for the case that the run lives" in capsys.readouterr().out
+
+    # The old request is not for the new start.
+    again = subprocess.Popen([*command[:3], "resume", url, "train.max_steps=200000"], cwd=ROOT, stderr=subprocess.PIPE)
+    assert told("running")["attempts"] == 2
+    assert cli.main(["cancel", url, "--wait"]) == 0
+    assert "cancelled" in capsys.readouterr().out.splitlines()[-1]
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 130 and err == b""
+    record = read_record(Store(url))
+    assert record["status"] == "cancelled" and record["steps"] >= step // 3 * 3
+    assert Store(url).exists(f"checkpoints/step-{record['steps']:08d}/COMMITTED")
+    assert told("cancelled")["step"] == record["steps"]
+    assert cli.main(["cancel", url]) == 0 and "has ended before: cancelled" in capsys.readouterr().out
 
 
 def test_missing_data_is_one_line_and_the_url_can_be_used_again(data: str, tmp_path: Path) -> None:

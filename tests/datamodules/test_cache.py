@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +251,57 @@ def test_kill_in_a_download_is_repaired_by_a_running_process(killed: Path) -> No
     cache.root, cache.capacity = str(killed), 10 * SIZE
     assert fetch(cache, Source(), "a") == content("a")
     assert files(killed) == ["a"]
+
+
+CALLS = {"fcntl": "flock", "os": "posix_fallocate ftruncate pwrite replace utime unlink"}
+
+
+def _dies(root: str, fatal: int) -> None:
+    """Evicts, downloads and opens, and is killed at the fatal-th call of the system."""
+    count = 0
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return run
+
+    for module, names in CALLS.items():
+        for name in names.split():
+            setattr(sys.modules[module], name, watched(getattr(sys.modules[module], name)))
+    fetch(ShardCache(root, 2 * SIZE), Source(), "c")
+    os._exit(0)
+
+
+def test_kill_at_any_call_leaves_nothing_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL before each call of the system that a download with an eviction makes, one after the other."""
+    monkeypatch.setattr(cache_module, "BLOCK", SIZE // 2)
+    fatal, outcomes, survived = 0, set(), False
+    while not survived:
+        fatal += 1
+        root = tmp_path / str(fatal)
+        cache = ShardCache(str(root), 2 * SIZE)
+        for name in ("a", "b"):  # full
+            assert fetch(cache, Source(), name) == content(name)
+        process = multiprocessing.get_context("fork").Process(target=_dies, args=(str(root), fatal))
+        process.start()
+        process.join(60)
+        survived = process.exitcode == 0
+        assert survived or process.exitcode == -signal.SIGKILL
+        again = ShardCache(str(root), 2 * SIZE)
+        left = files(root)
+        outcomes.add(" ".join(left))
+        assert left in (["a", "b"], ["b"], ["b", "c"]) and again.used() <= 2 * SIZE
+        source = Source()
+        for name in ("b", "c"):
+            assert fetch(again, source, name) == content(name)
+        assert source.downloads == [name for name in ("b", "c") if name not in left]
+        shutil.rmtree(root)
+    assert fatal > 20 and outcomes == {"a b", "b", "b c"}
 
 
 def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

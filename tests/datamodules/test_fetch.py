@@ -73,9 +73,9 @@ def test_one_request_to_the_store_per_batch(memory: str, monkeypatch: pytest.Mon
     calls: list[Any] = []
     original = Store.read_ranges
 
-    def counted(self: Store, requests: Any) -> list[bytes]:
+    def counted(self: Store, requests: Any, **options: Any) -> list[bytes]:
         calls.append(requests)
-        return original(self, requests)
+        return original(self, requests, **options)
 
     monkeypatch.setattr(Store, "read_ranges", counted)
     batch = reader.batch(np.arange(24))
@@ -188,8 +188,8 @@ def test_one_bad_answer_is_read_again(memory: str, monkeypatch: pytest.MonkeyPat
     reader, faults = fields_reader(memory), [1]
     original = Store.read_ranges
 
-    def flaky(self: Store, requests: Any) -> list[bytes]:
-        found = original(self, requests)
+    def flaky(self: Store, requests: Any, **options: Any) -> list[bytes]:
+        found = original(self, requests, **options)
         if faults.pop() if faults else False:
             found[0] = found[0][:-1] + bytes([found[0][-1] ^ 1])
         return found

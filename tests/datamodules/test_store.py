@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+import time
 import uuid
 
 import pytest
@@ -21,6 +22,7 @@ from datamodules.store import (
     canonical_json,
     join_url,
     local,
+    multipart,
 )
 
 
@@ -52,12 +54,47 @@ def test_write_read_list_delete(store):
     store.delete_tree("b")
 
 
+def test_what_is_written_is_not_copied_on_its_way(monkeypatch):
+    """A checkpoint or shard is large; the last object is a part of another, which botocore does not take as it is."""
+    whole, given = bytearray(b"0123456789"), []
+    store = Store(f"memory://{uuid.uuid4().hex}/a")
+    filesystem = store._client().filesystem
+    monkeypatch.setattr(filesystem, "pipe_file", lambda key, data, **_: given.append(data))
+    for data in (whole, memoryview(whole), bytes(whole), memoryview(whole)[2:5]):
+        store.write("x", data)
+    store.create("y", whole)
+    assert [data is whole for data in given] == [True, True, False, False, True]
+    assert given[2:4] == [b"0123456789", b"234"]
+
+
 def test_listing_a_prefix_is_by_folder_not_by_letters(store):
     store.write("step-1/x", b"")
     store.write("step-10/x", b"")
     assert store.list("step-1") == ["step-1/x"]
     store.delete_tree("step-1")
     assert store.list() == ["step-10/x"]
+
+
+def test_the_children_of_a_folder_are_told_without_what_lies_deeper(store):
+    assert store.children() == store.children("a") == ([], [])
+    for path in ("a/1/x/y", "a/1/z", "a/2", "a/10", "ab/3", "top"):
+        store.write(path, b"x")
+    assert store.children("a") == store.children("a/") == (["1"], ["10", "2"])
+    assert store.children() == (["a", "ab"], ["top"])
+    assert store.sub("a").children("1") == (["x"], ["z"])
+
+
+def test_times_are_those_of_the_store(store):
+    before = time.time()
+    store.write("a", b"x")
+    told = store.times("a")
+    if "memory" in store.url:
+        assert told is None
+        return
+    written, now = told
+    assert before - 1 <= written <= now <= time.time() + 1
+    with pytest.raises(NotFound):
+        store.times("b")
 
 
 def test_new_objects_are_seen_at_once(store):
@@ -267,3 +304,41 @@ def test_a_temporary_file_of_a_killed_writer_is_not_listed(tmp_path):
     assert os.listdir(tmp_path / "a") == ["x"]
     store.delete_tree("a")
     assert os.listdir(tmp_path) == []
+
+
+def pieces(*sizes):
+    for number, size in enumerate(sizes):
+        yield bytes([number + 1]) * size
+
+
+def test_an_object_of_pieces_is_written_without_being_held_in_memory(store, monkeypatch):
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    sizes, sent = (3, 6 << 20, 0, 100_000, 5 << 20, 7), []
+    if store.url.startswith("s3"):
+        monkeypatch.setattr(Store, "write", None)
+        plain = multipart.parts
+        monkeypatch.setattr(multipart, "parts", lambda *a: (sent.append(len(part)) or part for part in plain(*a)))
+    store.write_pieces("folder/large", pieces(*sizes), sum(sizes))
+    assert store.read("folder/large") == b"".join(pieces(*sizes))
+    if store.url.startswith("s3"):
+        assert sent == [5 << 20, 5 << 20, sum(sizes) - (10 << 20)]
+    monkeypatch.undo()
+    store.write_pieces("small", pieces(2, 3), 5)
+    assert store.read("small") == b"\x01\x01\x02\x02\x02"
+
+
+def test_pieces_that_end_in_an_error_leave_what_was_there(store, monkeypatch):
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    store.write("kept", b"old")
+
+    def broken():
+        yield from pieces(6 << 20, 6 << 20)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        store.write_pieces("kept", broken(), 18 << 20)
+    assert store.read("kept") == b"old" and store.list("") == ["kept"]
+    if store.url.startswith("s3"):
+        bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+        begun = store._client().filesystem.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        assert not [upload for upload in begun if upload["Key"].startswith(prefix)]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fsspec.config import conf
 
@@ -17,7 +18,7 @@ from datamodules.format import DataError
 from datamodules.store import Sink, Store, StoreError, Unreachable, direct
 from tests.helpers.faulty_proxy import FAULTS, FaultyProxy
 
-from .samples import write_fields
+from .samples import field_values, fields_reader, replace_shard, write_fields
 
 READ_TIMEOUT, DEADLINE = 0.4, 6.0
 
@@ -119,6 +120,42 @@ def test_bytes_that_stay_wrong_are_an_error_that_names_the_shard(data, proxy, tm
     for config in ({"cache": str(tmp_path)}, {"cache_bytes": 0}):
         with pytest.raises(DataError, match=r"fields/c/\d.*(corrupt|checksum)"):
             stream(data[1], 1, **config)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "s3fs"])
+@pytest.mark.parametrize("level", [None, 1], ids=["plain", "zstd"])
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(s3, monkeypatch, direct: bool, level: int | None) -> None:
+    """Its chunks are intact and the manifest is the old one: only the object's ETag tells."""
+    monkeypatch.setitem(conf, "keel", {"direct": direct})
+    url = s3.url("replaced")
+    write_fields(url, level=level)
+    reader, values = fields_reader(url), field_values(10, 7)
+    for window in (0, 2):
+        batch = reader.batch(np.array([window, 9 + window]))
+        assert np.array_equal(batch["fields"].numpy(), values[[0, 3], 2 * window : 2 * window + 3])
+    # The first byte range of shard 2 comes after its index (if it has one) and after that was replaced.
+    reader.windows.array.plan((6,), 0, 3)
+    path = replace_shard(url, 0)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"{url}/{path}: was replaced by another object while it was read"):
+            reader.batch(np.array([1, 10]))
+    if level:
+        path = replace_shard(url, 2)
+        with pytest.raises(DataError, match=rf"{url}/{path}: was replaced"):
+            reader.batch(np.array([18]))
+    assert np.array_equal(reader.batch(np.array([10]))["fields"].numpy(), values[[3], 2:5])  # the others are read on
+
+
+def test_an_object_written_again_with_the_same_content_is_read_on(s3) -> None:
+    url = s3.url("again")
+    write_fields(url)
+    reader = fields_reader(url)
+    reader.batch(np.array([0]))
+    tags = reader.windows.array.tags
+    (key,) = tags
+    tags[key] = '"of the same bytes in other parts"'
+    assert np.array_equal(reader.batch(np.array([1]))["fields"].numpy(), field_values(10, 7)[[0], 2:5])
+    assert tags[key] != '"of the same bytes in other parts"'
 
 
 def _read_in_child(store: Store, expected: bytes, queue: multiprocessing.Queue) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import pickle
+import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,6 +157,41 @@ def test_workers_bring_the_same_batches(fields: str, workers: int) -> None:
     assert torch.cat([b["index"] for b in found]).tolist() == data.order.at(np.arange(13 * 8)).tolist()
     held_out = DataLoader(data.val_dataloader(), batch_size=None, num_workers=workers)
     assert torch.cat([b["index"] for b in held_out]).tolist() == list(range(15))
+    data.teardown()
+
+
+def named_shared_memory(processes: list[int]) -> set[str]:
+    """Names below /dev/shm that these processes have open or mapped: what would stay behind if all were killed now."""
+    found: set[str] = set()
+    for process in processes:
+        with suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+            found |= {
+                line.split(None, 5)[-1].strip() for line in Path(f"/proc/{process}/maps").read_text().splitlines()
+            }
+            for entry in Path(f"/proc/{process}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    found.add(os.readlink(entry))
+    return {name for name in found if name.startswith("/dev/shm/") and not name.endswith(" (deleted)")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_name_of_shared_memory_is_left_when_all_are_killed(fields: str) -> None:
+    """Batches of worker processes pass through memory without a name, so that no kill can leave any behind."""
+    data = fields_data(fields, 1, 0, micro=8)
+    loader = iter(DataLoader(data.train_dataloader(), batch_size=None, num_workers=2, multiprocessing_context="fork"))
+    held = [next(loader) for _ in range(3)]
+    assert all(batch["fields"].is_shared() for batch in held)
+    processes = [os.getpid(), *(worker.pid for worker in loader._workers)]  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 30
+    while named := named_shared_memory(processes):  # torch's own has a name for an instant
+        assert time.monotonic() < deadline, named
+        time.sleep(0.01)
+    os.kill(processes[1], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)"):
+        for _ in range(100):
+            next(loader)
+    del loader
+    assert named_shared_memory([os.getpid()]) == set()
     data.teardown()
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RayCluster:
 
     folder: Path
     environment: dict[str, str]
+    _killed: set[str] = field(default_factory=set)
 
     @property
     def address(self) -> str:
@@ -44,6 +45,7 @@ class RayCluster:
 
     def kill(self, node: str) -> None:
         """Ends a node as a power cut does."""
+        self._killed.add(node)
         done = ray_script("kill", str(self.folder), node)
         assert done.returncode == 0, done.stderr
 
@@ -51,6 +53,7 @@ class RayCluster:
         """Starts a node; it joins the cluster soon after."""
         done = ray_script("start", str(self.folder), node)
         assert done.returncode == 0, done.stderr
+        self._killed.discard(node)
 
     def ask(self, path: str, method: str = "GET") -> Any:
         """One request to the dashboard, by hand."""
@@ -88,5 +91,6 @@ class RayCluster:
         for job in left():
             self.ask(f"/api/jobs/{job}/stop", "POST")
         wait_until(lambda: not left(), "the jobs to end")
-        done = ray_script("up", str(self.folder))
-        assert done.returncode == 0, done.stderr
+        for node in list(self._killed):
+            self.start(node)
+        wait_until(lambda: len(self.nodes()) == 2, "both nodes to be alive")

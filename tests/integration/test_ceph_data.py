@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.config import conf
 
 from datamodules.data import FieldsConfig, FieldsData, TextConfig, TextData
-from datamodules.format import Dataset
+from datamodules.format import DataError, Dataset
 from datamodules.format.verify import verify
 from datamodules.store import Store
 from tests.conftest import CephServer
-from tests.datamodules.samples import write_fields, write_text
+from tests.datamodules.samples import fields_reader, replace_shard, write_fields, write_text
 from tests.helpers.runs import fno_config, tiny_fields
 
 
@@ -57,6 +58,18 @@ def test_damage_is_named(ceph: CephServer) -> None:
     assert [line for line in verify(url) if f"{url}/{path}: corrupt" in line and "chunk 0" in line]
     store.delete(path)
     assert verify(url) == [f"{url}/{path}: missing"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_shard_that_is_replaced_while_it_is_read_is_noticed(ceph: CephServer, monkeypatch, direct: bool) -> None:
+    monkeypatch.setitem(conf, "keel", {"direct": direct})
+    url = ceph.url("replaced")
+    write_fields(url)
+    reader = fields_reader(url)
+    reader.batch(np.array([0]))
+    path = replace_shard(url, 0)
+    with pytest.raises(DataError, match=f"{url}/{path}: was replaced by another object while it was read"):
+        reader.batch(np.array([1]))
 
 
 def _child(url: str, queue: multiprocessing.Queue) -> None:

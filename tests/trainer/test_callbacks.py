@@ -190,36 +190,6 @@ def test_gradients_are_measured_after_the_mean_over_uneven_counts() -> None:
     assert log._pushed["diag/gradients/norm"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
-    """On the meta device every read of a value raises."""
-    log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=100)
-    throughput = Throughput(log, global_batch=4)
-    progress = Progress(log, samples_per_step=4, stream=io.StringIO())
-    network = Net().to("meta")
-    task: Any = SimpleNamespace(network=network, on_before_optimizer_step=lambda optimizer: None)
-    diagnostics = DiagnosticsLog(["gradients", "updates", "activations"], 5, log)
-    trainer: Any = SimpleNamespace(global_step=0, world_size=1, max_steps=10)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    order = [diagnostics, log, progress, throughput]
-    for callback in order:
-        callback.on_train_start(trainer, task)
-    for step in range(10):  # diagnostics, too, only leave scalars on the device
-        batch = {"x": torch.empty(4, 5, device="meta")}
-        for callback in order:
-            callback.on_train_batch_start(trainer, task, batch, step)
-        loss = network(batch["x"]).square().mean()
-        loss.backward()
-        for callback in order:
-            callback.on_before_optimizer_step(trainer, task, optimizer)
-        optimizer.step()
-        trainer.global_step += 1
-        for callback in order:
-            callback.on_train_batch_end(trainer, task, {"loss": loss}, batch, step)
-    assert len(log._waiting) == 10 and "diag/activations/rms" in log._waiting[4].values
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        log.flush()
-
-
 def test_a_result_that_is_no_scalar_is_named(tmp_path: Path) -> None:
     log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=1)
     with pytest.raises(ValueError, match=r"training_step returned profile of shape \(3,\)"):

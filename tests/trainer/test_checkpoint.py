@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from datamodules.store import Store
+from datamodules.store import AccessDenied, Store, StoreError, Unreachable
 from tests.helpers.distributed import run_distributed
 from trainer.checkpoint import (
     Checkpointer,
@@ -308,3 +309,90 @@ def test_two_writers_cannot_both_commit(tmp_path):
     checkpointer._begin = begin_then_lose
     with pytest.raises(CheckpointError, match="committed by another process"):
         checkpointer.save(6, net, [optimizer], {}, device=CPU)
+
+
+@pytest.mark.parametrize("slow_at", ["rank-00000-000.bin", "state.pt", "manifest.json", "COMMITTED"])
+def test_a_replaced_writer_that_is_slow_spoils_nothing(tmp_path, monkeypatch, slow_at):
+    """It hangs in any of its writes while its successor commits the same step, and then goes on."""
+    store = Store(str(tmp_path))
+    nets = {writer: make(False, seed=writer) for writer in (1, 2)}
+    old, new = Checkpointer(store), Checkpointer(store)
+    old.writer, new.writer = 1, 2
+
+    def save(checkpointer: Checkpointer) -> bool:
+        net, optimizer = nets[checkpointer.writer]
+        return checkpointer.save(6, net, [optimizer], {"writer": checkpointer.writer}, device=CPU)
+
+    def slow(method: Any) -> Any:
+        def call(self: Store, path: str, data: bytes) -> Any:
+            if path.endswith(slow_at):
+                monkeypatch.undo()
+                assert save(new)
+            return method(self, path, data)
+
+        return call
+
+    monkeypatch.setattr(Store, "write", slow(Store.write))
+    monkeypatch.setattr(Store, "create", slow(Store.create))
+    with pytest.raises(CheckpointError, match="committed by another process"):
+        save(old)
+    assert verify(store, 6) == []
+    net, optimizer = make(False, seed=99)
+    assert new.load(6, net, [optimizer], device=CPU) == {"writer": 2}
+    torch.testing.assert_close(net.state_dict(), nets[2][0].state_dict(), rtol=0, atol=0)
+    assert not save(old)  # it is there and whole
+    assert verify(store, 6) == []
+
+
+def test_what_a_successor_is_writing_is_left_alone(tmp_path):
+    """A replaced writer that begins late takes away only what its predecessors left."""
+    store = Store(str(tmp_path))
+    for writer in (1, 3):
+        store.write(f"{step_name(6)}/writer-{writer:04d}-rank-00000-000.bin", b"of a writer")
+    checkpointer = Checkpointer(store)
+    checkpointer.writer = 2
+    net, optimizer = make(False)
+    assert checkpointer.save(6, net, [optimizer], {}, device=CPU)
+    left = {path.partition("-rank-")[0] for path in store.list(step_name(6)) if "-rank-" in path}
+    assert left == {f"{step_name(6)}/writer-0002", f"{step_name(6)}/writer-0003"}
+
+
+def test_settings_of_another_device_are_not_taken_over(tmp_path):
+    """A guard on CUDA has made the optimiser capturable; its checkpoint goes on on a CPU, where that cannot be."""
+    store = Store(str(tmp_path))
+    net, optimizer = make(False)
+    whole = train(net, optimizer, 0, 2)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    Checkpointer(store).save(2, net, [optimizer], {}, device=CPU)
+    for group in optimizer.param_groups:
+        group["capturable"] = False
+    whole += train(net, optimizer, 2, 4)
+    net, optimizer = make(False, seed=99)
+    Checkpointer(store).load(2, net, [optimizer], device=CPU)
+    assert not any(group["capturable"] for group in optimizer.param_groups)
+    assert train(net, optimizer, 2, 4) == whole[2:]
+
+
+def test_a_store_that_is_away_is_told_from_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    """The one passes, so that a launcher may try again; the other wants somebody."""
+    _, checkpointer = committed(tmp_path)
+    net, optimizer = make(False)
+
+    def fails(error: StoreError) -> Any:
+        def call(self: Store, path: str, data: bytes) -> None:
+            raise error
+
+        return call
+
+    for error, kind in ((Unreachable("away"), Unreachable), (AccessDenied("not yours"), CheckpointError)):
+        monkeypatch.setattr(Store, "write", fails(error))
+        with pytest.raises(kind, match=f"saving .* failed: {error}"):
+            checkpointer.save(6, net, [optimizer], {}, device=CPU)
+    monkeypatch.undo()
+    read = Store.read_ranges
+    monkeypatch.setattr(Store, "read_ranges", lambda self, *a, **k: (_ for _ in ()).throw(Unreachable("away")))
+    with pytest.raises(Unreachable, match="away"):
+        checkpointer.load(4, net, [optimizer], device=CPU)
+    monkeypatch.setattr(Store, "read_ranges", read)
+    checkpointer.load(4, net, [optimizer], device=CPU)

@@ -20,8 +20,10 @@ from datamodules.store import Store, Unreachable
 from tests.helpers.distributed import run_distributed
 from trainer.checkpoint import Checkpointer, CheckpointError, committed_steps, read_manifest, step_name, verify
 from trainer.checkpoint.background import Flight
-from trainer.checkpoint.plan import Piece, assign, cut
-from trainer.checkpoint.staging import crc32c
+from trainer.checkpoint.checksum import combine, crc32c
+from trainer.checkpoint.pieces import Pieces
+from trainer.checkpoint.plan import Piece, assign, cut, make_plan
+from trainer.checkpoint.staging import Image, upload
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +190,44 @@ def test_checksums_are_those_of_the_standard_library_of_the_format():
 
     assert crc32c(data) == crc32c(bytearray(data.tobytes())) == google_crc32c.value(data.tobytes())
     assert crc32c(b"") == 0
+    for at in (0, 1, 1 << 20, len(data)):
+        parts = data[:at], data[at:]
+        assert combine(crc32c(parts[0]), crc32c(parts[1]), len(parts[1])) == crc32c(data)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_image_holds_every_byte_and_its_files_have_their_checksums(tmp_path, monkeypatch, threads):
+    """However many threads fill it, with gaps between chunks, chunks on both sides of what is hashed twice, and strides."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "small": torch.randn(5, generator=generator),
+        "strided": torch.randn(9, 7, generator=generator).T,
+        "large": torch.randn(700, 999, generator=generator),
+        "empty": torch.zeros(0, 3),
+        "bytes": torch.arange(77, dtype=torch.uint8),
+        "last": torch.randn(600, 600, generator=generator),
+    }
+    plan, image = make_plan(tensors, 3 << 20), Image()
+    image.fill(plan, tensors)
+    image._buffer.fill_(0xAB)
+    image.fill(plan, tensors)
+    written = upload(Store(str(tmp_path)), plan, image)
+    found = {file["path"]: crc32c((tmp_path / file["path"]).read_bytes()) for file in written.files}
+    assert len(found) > 1 and found == {file["path"]: file["crc32c"] for file in written.files}
+    content = dict.fromkeys(tensors, b"")
+    for name, chunk in sorted(written.chunks, key=lambda item: item[1]["offsets"]):
+        raw = (tmp_path / chunk["file"]).read_bytes()[chunk["start"] : chunk["start"] + chunk["bytes"]]
+        assert crc32c(raw) == chunk["crc32c"]
+        content[name] += raw
+    assert content == {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def test_stretches_of_a_buffer_say_where_they_lie():
+    """By the device of its tensors a save knows that host memory must be pinned and the copy waited for; ZeRO's are all
+    such stretches."""
+    assert Pieces.cut((4, 3), 2, torch.empty(7, device="meta")).device.type == "meta"
+    assert Pieces.cut((4, 3), 0, torch.empty(0)).device.type == "cpu"
 
 
 def two_ranks(url: str) -> dict[str, object]:

@@ -31,11 +31,11 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def _run(store: Store, config: LogConfig, resume_step: int | None = None) -> MetricsLog:
+def _run(store: Store, config: LogConfig, step: int = 0) -> MetricsLog:
     metrics = MetricsLog(MetricsWriter(store, 1), every=1)
-    kinds = sinks(config, store, name="tiny", settings={"train": {"max_steps": 2}}, resume_step=resume_step)
+    kinds = sinks(config, store, name="tiny", settings={"train": {"max_steps": 2}})
     callback = Loggers(metrics, store, kinds)
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    callback.on_train_start(SimpleNamespace(global_step=step), None)  # type: ignore[arg-type]
     metrics._hand_out(ROWS)
     metrics.writer.flush()
     callback.on_train_end(None, None)  # type: ignore[arg-type]
@@ -89,14 +89,24 @@ def _stand_in_wandb(noted: list[Any]) -> ModuleType:
     return module
 
 
+def test_what_lies_beyond_the_step_that_was_really_loaded_is_hidden(tmp_path: Path) -> None:
+    """The step of the trainer counts, not the newest checkpoint, which may have been fallen back from."""
+    found: list[int] = []
+    callback = Loggers(MetricsLog(MetricsWriter(Store(str(tmp_path)), 1), every=1), Store(str(tmp_path)), {})
+    callback._makers = {"tensorboard": found.append}  # type: ignore[dict-item]
+    callback.on_train_start(SimpleNamespace(global_step=4), None)  # type: ignore[arg-type]
+    callback.close()
+    assert found == [4]
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     store, noted = Store(str(tmp_path)), []  # type: ignore[var-annotated]
     real = importlib.util.find_spec("wandb") is not None
     if not real:
         monkeypatch.setitem(sys.modules, "wandb", _stand_in_wandb(noted))
-    for resume_step in (None, 1):
-        _run(store, LogConfig(wandb="project"), resume_step)
+    for step in (0, 1):
+        _run(store, LogConfig(wandb="project"), step)
     assert not caplog.records
     if real:
         assert len(list((tmp_path / "wandb").rglob("run-*.wandb"))) == 2
@@ -151,8 +161,8 @@ def test_mlflow_continues_one_run(
         for name, module in (("mlflow", ModuleType("mlflow")), ("mlflow.tracking", tracking)):
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    for resume_step in (None, 1):
-        _run(store, LogConfig(mlflow=uri), resume_step)
+    for step in (0, 1):
+        _run(store, LogConfig(mlflow=uri), step)
     assert not caplog.records
     from mlflow.tracking import MlflowClient
 
@@ -178,7 +188,7 @@ def test_a_tool_that_is_not_installed_is_one_clear_line(monkeypatch: pytest.Monk
 def test_a_tool_that_fails_is_left_out_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, seen, held = Store(str(tmp_path)), [], threading.Event()  # type: ignore[var-annotated]
 
-    def broken() -> Any:
+    def broken(step: int) -> Any:
         raise OSError("no route\nto host")
 
     def slow(step: int, values: Any, time: float) -> None:
@@ -186,9 +196,9 @@ def test_a_tool_that_fails_is_left_out_and_training_goes_on(tmp_path: Path, capl
         seen.append(step)
 
     metrics = MetricsLog(MetricsWriter(store, 1), every=1)
-    makers = {"wandb": broken, "mlflow": lambda: SimpleNamespace(write=slow, close=lambda: seen.append("closed"))}
+    makers = {"wandb": broken, "mlflow": lambda step: SimpleNamespace(write=slow, close=lambda: seen.append("closed"))}
     callback = Loggers(metrics, store, makers)
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    callback.on_train_start(SimpleNamespace(global_step=0), None)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "keel.run"):
         metrics._hand_out(ROWS)  # returns though the tool holds the thread
         assert seen == []

@@ -1,4 +1,4 @@
-"""A store that is away or full and a clock that jumps: training goes on, and nothing that was committed is lost."""
+"""A store that is away, slow or full and a clock that jumps: training goes on, and nothing that was committed is lost."""
 
 import os
 import subprocess
@@ -22,6 +22,7 @@ from trainer.run import fit
 
 STEPS = 12
 BACK = "server-is-back"
+REMOTE = {"away": "slow_down", "quota": "full", "slow": "late"}  # runs on an object store, and what happens there
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, s3: S3Server, small_disk: Pat
     folder = tmp_path_factory.mktemp("outages")
     data = tiny_fields(str(folder / "fields"))
     urls = {name: str(folder / name) for name in ("whole", "clock", "final")}
-    urls |= {"full": str(small_disk / "full"), "away": s3.url("away")}
+    urls |= {"full": str(small_disk / "full"), **{name: s3.url(name) for name in REMOTE}}
     jobs = []
     for name, url in urls.items():
         config = fno_config(url, data, max_steps=STEPS) | {"diagnostics": {}}
@@ -52,19 +53,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, s3: S3Server, small_disk: Pat
         loaded = configs.load(config)
         prepare_new(loaded)
         jobs.append((name, loaded))
-    away: list[str] = []
+    begun: set[str] = set()
+    buckets = {urls[name].split("/")[2]: name for name in REMOTE}
 
     def fault(method: str, path: str, number: int) -> str | None:
-        """From the first upload of step 4 on the server answers nothing but "slow down", until step 7 is done."""
-        if "step-00000004" in path and method == "PUT" and not away:
-            away.append(path)
-        return "slow_down" if away and not (folder / BACK).exists() else None
+        """From the first upload of step 4 on the server does nothing but what is wrong with it, until step 7 is done."""
+        name = buckets[path.split("/")[1]]
+        if "step-00000004" in path and method == "PUT":
+            begun.add(name)
+        return REMOTE[name] if name in begun and not (folder / f"{BACK}-{name}").exists() else None
 
     with FaultyProxy(s3.endpoint, fault) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         patch.setenv("FSSPEC_KEEL", '{"deadline": 1.0}')
         (errors,) = run_distributed(train_all, 1, jobs)
-    assert len(away) == 1
+    assert begun == set(REMOTE)
     return urls | {"error": errors["final"]}
 
 
@@ -80,8 +83,8 @@ def train_all(jobs: list[Any]) -> dict[str, str]:
                 fill(ballast)
             if name == "full" and trainer.global_step == 7:
                 ballast.unlink()
-            if name == "away" and trainer.global_step == 7:
-                Path(trainer.datamodule.config.url).with_name(BACK).touch()
+            if name in REMOTE and trainer.global_step == 7:
+                Path(trainer.datamodule.config.url).with_name(f"{BACK}-{name}").touch()
             if name == "clock":
                 time.time = lambda: clock() + {4: -86400.0, 8: 3e8}.get(trainer.global_step // 4 * 4, 0.0)
             if name == "final" and trainer.global_step == STEPS:  # the store goes and does not come back
@@ -112,7 +115,7 @@ def losses(url: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(Store(url)) if "loss" in row]
 
 
-@pytest.mark.parametrize("name", ["away", "full"])
+@pytest.mark.parametrize("name", ["away", "full", "quota"])
 def test_saves_fail_for_a_while_and_training_goes_on(runs: dict[str, str], name: str) -> None:
     store = Store(runs[name])
     failed = [row["step"] for row in read_metrics(store) if row.get("event") == "save_failed"]
@@ -122,6 +125,13 @@ def test_saves_fail_for_a_while_and_training_goes_on(runs: dict[str, str], name:
     assert not any(verify(checkpoints, step) for step in committed_steps(checkpoints))
     assert losses(runs[name]) == losses(runs["whole"])  # no row is missing, none twice
     assert read_record(store)["status"] == "ok"
+
+
+def test_a_slow_store_costs_time_only(runs: dict[str, str]) -> None:
+    store = Store(runs["slow"])
+    assert losses(runs["slow"]) == losses(runs["whole"])
+    assert committed_steps(store.sub("checkpoints")) == [2, 4, 6, 8, 10, 12]
+    assert not [row for row in read_metrics(store) if "event" in row]
 
 
 def test_a_clock_that_jumps_changes_nothing(runs: dict[str, str]) -> None:

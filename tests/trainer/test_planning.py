@@ -19,7 +19,7 @@ from tests.conftest import unavailable
 from tests.helpers.runs import fno_config, lm_config
 from trainer import config as configs
 from trainer.planning import simulate
-from trainer.planning.advice import what_fits
+from trainer.planning.advice import _candidates, changes_numbers, what_fits
 from trainer.planning.devices import TABLE, find, recognise
 from trainer.planning.estimate import ATTAINABLE, plan, sent_bytes, speed
 from trainer.planning.fake import fake_world
@@ -200,12 +200,14 @@ def test_what_would_fit_is_found_and_does() -> None:
     tight = dataclasses.replace(TABLE["h100"], memory=0.5 * roomy.trace.peak)
     assert not plan(config, tight).fits
     found = what_fits(config, tight)
-    assert found
+    assert found and not any(changes_numbers(overrides) for overrides, _ in found)
     for overrides, made in found:
         assert made.fits, overrides
         assert made.config.train.global_batch == 64
         assert dataclasses.asdict(made.config.model) == dataclasses.asdict(config.model)
     assert what_fits(config, dataclasses.replace(tight, memory=1000.0)) == []
+    *exact, last = _candidates(config)  # what computes other numbers comes last, and is told
+    assert changes_numbers(last) and not any(map(changes_numbers, exact))
 
 
 def test_devices() -> None:
@@ -268,17 +270,19 @@ def test_gpu_check_says_when_there_is_no_gpu() -> None:
     assert done.stderr.splitlines() == ["gpu-check: there is no CUDA GPU here (torch.cuda.is_available() is False)"]
 
 
-def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["fsdp, bf16-true", "fsdp, muon, bad steps undone, continued"])
+def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, case: str) -> None:
     script = BENCH.parent / "gpu_check.py"
     command = [
         sys.executable,
         str(script),
         "--tiny",
         "--only",
-        "fsdp, bf16-true",
+        case,
         "--markdown",
         str(tmp_path / "gpu.md"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| fsdp, bf16-true | ok |" in (tmp_path / "gpu.md").read_text()
+    status = "ok, continued" if case.endswith("continued") else "ok"
+    assert f"| {case} | {status} |" in (tmp_path / "gpu.md").read_text()

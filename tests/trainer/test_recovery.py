@@ -1,12 +1,14 @@
 """Losses and gradients that are no numbers, losses that jump: what the policies do, against runs that do it by hand."""
 
 import math
+import signal
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from datamodules.store import Store
@@ -14,11 +16,11 @@ from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
-from trainer.callbacks.guard import NONFINITE, SPIKE, Guard
+from trainer.callbacks.guard import NONFINITE, SPIKE, Guard, not_finite
 from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import committed_steps
 from trainer.lifecycle import prepare_new
-from trainer.records import read_attempts, read_metrics, read_record, read_trace
+from trainer.records import read_attempts, read_metrics, read_record, read_trace, write_record
 from trainer.run import fit
 
 BATCH, WORLD = 4, 2
@@ -31,7 +33,7 @@ def runs(tmp_path_factory):
     data = tiny_fields(str(folder / "fields"), trajectories=16)
     skip, back = "recovery.nonfinite=skip", "recovery.nonfinite=rollback"
     plans: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "whole": (["train.max_steps=20"], {}),
+        "whole": (["train.max_steps=20", "train.val_every=10"], {}),
         "left_out": ([], {"bad": {5: 1.0}, "no_step": 5}),
         "skip": ([skip], {"bad": {5: math.nan}}),
         "skip_ddp": ([skip, "strategy.name=ddp", "train.micro_batch=1"], {"bad": {5: math.nan}}),
@@ -43,6 +45,7 @@ def runs(tmp_path_factory):
         "lower": (["recovery.spike=lower_rate", "log.every=1"], {"bad": {12: 50.0, 13: 50.0}, "crash": 17}),
         "rollback": ([back], {"bad": {7: math.nan}}),
         "rollback_killed": ([back], {"bad": {7: math.nan}, "crash": 7, "crash_attempt": 2}),
+        "rollback_told": ([back], {"bad": {7: math.nan}, "signal": 7}),
     }
     jobs = []
     for name, (overrides, plan) in plans.items():
@@ -55,7 +58,7 @@ def runs(tmp_path_factory):
         loaded = configs.load(config, ["recovery.window=8", "recovery.threshold=20", resources, *overrides])
         prepare_new(loaded)
         jobs.append((loaded, plan))
-    run_distributed(train_all, WORLD, jobs)
+    run_distributed(train_all, WORLD, jobs, timeout=300)
     return {name: str(folder / name) for name in plans}
 
 
@@ -65,10 +68,12 @@ def train_all(jobs: list[Any]) -> None:
     for config, plan in jobs:
         bad, attempts = plan.get("bad", {}), 0
 
-        def poisoned(self: Task, batch: Any, index: int, bad: Any = bad) -> Any:
+        def poisoned(self: Task, batch: Any, index: int, bad: Any = bad, plan: Any = plan) -> Any:
             """On rank 1 the loss of the n-th global batch of the data is multiplied."""
             out = step(self, batch, index)
             number = self.trainer.datamodule.position // BATCH + 1
+            if number == plan.get("signal") and self.trainer.global_rank == 1:
+                signal.raise_signal(signal.SIGTERM)
             if number in bad and self.trainer.global_rank == 1:
                 out["loss"] = out["loss"] * bad[number]
             return out
@@ -89,13 +94,39 @@ def train_all(jobs: list[Any]) -> None:
         try:
             while True:
                 try:
-                    fit(config, resume=attempts > 0)
-                    break
+                    record = fit(config, resume=attempts > 0)
+                    if record["status"] != "preempted":
+                        break
+                    assert "signal" in plan and attempts == 0, record
+                    attempts += 1
                 except RuntimeError as error:
                     assert str(error) == "crash" and attempts == 0, error
                     attempts += 1
         finally:
             Task.training_step, StreamPosition.on_train_batch_end = step, advance  # type: ignore[method-assign]
+    end_again(jobs[0][0])
+
+
+def end_again(config: Any) -> None:
+    """Worker function: what a run that is done becomes when it is started again, with other records than its own."""
+    store = Store(config.url)
+    own = read_record(store)
+    stale = {
+        "none": None,
+        "preempted": own | {"status": "preempted", "steps": 10},
+        "failed": {"url": config.url, "status": "failed", "error": "the worker was killed by SIGKILL"},
+        "shorter": own | {"steps": 10},  # of the end before train.max_steps was raised
+        "own": own,
+    }
+    for name, record in stale.items():
+        dist.barrier()
+        if dist.get_rank() == 0:
+            store.delete("record.jsonl") if record is None else write_record(store, record)
+        dist.barrier()
+        found = fit(config, resume=True)
+        if dist.get_rank() == 0:
+            assert read_record(store) == found
+            store.write_json(f"again/{name}.json", found)
 
 
 def changed(trainer: Any) -> list[torch.Tensor]:
@@ -181,6 +212,27 @@ def test_a_kill_before_the_next_commit_does_not_bring_the_samples_back(runs) -> 
     assert losses(url) == losses(runs["rollback"]) and samples(url) == samples(runs["rollback"])
 
 
+def test_a_signal_in_the_moment_of_a_rollback_is_not_dropped(runs) -> None:
+    url = runs["rollback_told"]
+    _, second, third = read_attempts(Store(url))
+    # The run goes back, does one step or two, saves, ends; and goes on when it is started again.
+    assert second["resumed_from"] == 6 and second["rollback"] == "loss nan"
+    assert third["resumed_from"] in (7, 8) and "rollback" not in third
+    assert losses(url) == losses(runs["rollback"]) and samples(url) == samples(runs["rollback"])
+    assert read_record(Store(url))["status"] == "ok"
+
+
+@pytest.mark.parametrize("left", ["none", "preempted", "failed", "shorter"])
+def test_a_run_killed_before_its_record_ends_well_when_it_is_started_again(runs, left: str) -> None:
+    store = Store(runs["whole"])
+    own, found = read_record(store), store.read_json(f"again/{left}.json")
+    assert "rebuilt" not in own and found.pop("rebuilt") is True
+    of_the_process = {"attempt_seconds", "throughput", "recovery"}
+    assert found.pop("throughput") == {} and found.keys() == own.keys() - of_the_process
+    assert found["metrics"] and found == {name: value for name, value in own.items() if name in found}
+    assert store.read_json("again/own.json") == own  # nothing is rebuilt for nothing
+
+
 def samples(url: str) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for row in read_trace(Store(url)):
@@ -232,11 +284,33 @@ def test_a_skipped_step_leaves_nothing_behind(make: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
+def test_step_counts_come_to_where_they_can_be_undone() -> None:
+    """The guard found an optimiser whose counts were loaded on the host; `meta` stands in for another device."""
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, foreach=False)
+    optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta")}
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], precision_plugin=None)
+    with_group(_guard()[0], trainer)
+    assert not optimizer.state[parameter]["step"].is_meta  # as the optimiser wants it
+    optimizer.param_groups[0]["capturable"] = True
+    with_group(_guard()[0], trainer)
+    assert optimizer.state[parameter]["step"].is_meta
+
+
 def with_group(guard: Guard, trainer: Any) -> None:
     torch.distributed.is_initialized() or torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     guard.on_train_start(trainer, None)  # type: ignore[arg-type]
+
+
+def test_every_value_that_is_no_number_is_found_and_no_large_one() -> None:
+    inf, nan = math.inf, math.nan
+    bad = [[1, nan], [inf, 1], [-inf, 1], [-inf, inf], [complex(1, nan)], [inf, inf]]
+    good = [[3e38, 3e38], [3e38, -3e38], [1 + 2j], []]
+    tensors = [torch.tensor(values) for values in (*bad, *good)] + [torch.tensor([nan, 1], dtype=torch.bfloat16)]
+    assert float(not_finite(tensors, torch.device("cpu"))) == len(bad) + 1
+    assert float(not_finite([], torch.device("cpu"))) == 0
 
 
 def test_the_judge_is_robust_and_asks_no_device() -> None:

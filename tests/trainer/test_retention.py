@@ -1,13 +1,16 @@
 """Which checkpoints are kept, as a pure function and by a real saver."""
 
 import math
+import threading
 
 import pytest
 import torch
 
 from datamodules.store import Store
+from trainer.callbacks.recovery import Rollback
 from trainer.checkpoint import Checkpointer, Retention, committed_steps
 from trainer.checkpoint.retention import Entry, Ledger
+from trainer.rollback import go_back
 
 
 def steps(rule: Retention, entries: list[Entry], **kwargs) -> list[int]:
@@ -61,3 +64,41 @@ def test_the_best_survives_also_a_restart(tmp_path):
     saver.save(7, net, [optimizer], {}, device=torch.device("cpu"))
     saver.wait()
     assert committed_steps(store) == [6, 7] and store.list("metrics") == ["metrics/step-00000006.json"]
+
+
+def test_a_metric_that_is_noted_before_the_save_begins_in_the_background_is_kept(tmp_path, monkeypatch):
+    """Validation may be over before the thread that uploads has looked at what lies there."""
+    noted, listing = threading.Event(), Store.list
+
+    def later(store: Store, prefix: str = "") -> list[str]:
+        assert threading.current_thread() is threading.main_thread() or noted.wait(20)
+        return listing(store, prefix)
+
+    monkeypatch.setattr(Store, "list", later)
+    store = Store(str(tmp_path))
+    saver = Checkpointer(store, retention=Retention(best="val/loss"), background=True)
+    net = torch.nn.Linear(2, 2)
+    for value in (1.0, 2.0):  # the second time the step is written anew, and the first value is no longer its own
+        noted.clear()
+        saver.save(1, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+        saver.note(1, {"val/loss": value})
+        noted.set()
+        saver.wait()
+        assert [entry.metrics for entry in saver._ledger.entries()] == [{"val/loss": value}]
+        assert [entry.metrics for entry in Ledger(store).entries()] == [{"val/loss": value}]
+        (tmp_path / "step-00000001" / "state.pt").unlink()
+    saver.save(1, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+    saver.wait()
+    assert [entry.metrics for entry in Ledger(store).entries()] == [None]
+
+
+def test_a_rollback_takes_the_metrics_of_what_it_removes_along(tmp_path):
+    store, net = Store(str(tmp_path)), torch.nn.Linear(2, 2)
+    saver = Checkpointer(store, retention=Retention(keep_last=9))
+    for step in (1, 2, 3):
+        saver.save(step, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+        saver.wait()
+        saver.note(step, {"val/loss": float(step)})
+    assert go_back(store, Rollback(3, 0, "a test"), 1) == 2
+    assert store.list("metrics") == ["metrics/step-00000001.json", "metrics/step-00000002.json"]
+    assert committed_steps(store) == [1, 2]

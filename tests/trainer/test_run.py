@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
 from trainer.callbacks.stream import StreamPosition
+from trainer.callbacks.validation import MissedValidation
 from trainer.checkpoint import committed_steps, read_manifest, verify
 from trainer.evaluation import evaluate
 from trainer.lifecycle import prepare_new, prepare_resume
-from trainer.records import read_attempts, read_metrics, read_record, read_trace, start_attempt
+from trainer.records import MetricsWriter, read_attempts, read_metrics, read_record, read_trace, start_attempt
 from trainer.run import fit
 
 
@@ -160,14 +162,29 @@ def test_a_validation_that_was_killed_is_made_up_for(tmp_path, data, whole):
     assert losses(whole("fno")) == losses(broken) and samples(whole("fno")) == samples(broken)
 
 
+def test_what_validation_was_lost_is_asked_of_the_step_that_was_really_loaded(tmp_path):
+    """Not of the newest checkpoint, which may have been fallen back from."""
+    store, validated = Store(str(tmp_path)), []
+    writer = MetricsWriter(store, start_attempt(store, {}))
+    writer.extend([{"step": 4, "time": 1.0, "val/loss": 0.5}, {"step": 8, "time": 2.0, "loss": 0.5}])
+    writer.close()
+    loop = SimpleNamespace(val_loop=SimpleNamespace(run=lambda: validated.append(trainer.global_step)))
+    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop))
+    callback = MissedValidation(store, 4)
+    for step in (0, 4, 6, 8):
+        trainer.global_step = step
+        callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    assert validated == [8]
+
+
 def test_damaged_checkpoints_are_fallen_back_from_and_written_again(tmp_path, data, whole):
     broken = str(tmp_path / "broken")
     config = make("fno", broken, data, *resources(2, "fsdp"), "checkpoint.keep_last=3", **RUN)
     assert run_distributed(train, 2, config, False, 14) == ["crash", "crash"]
     checkpoints = Store(broken).sub("checkpoints")
     assert committed_steps(checkpoints) == [4, 8, 12]
-    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "rank-00000-000.bin", 100)
-    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "rank-00001-000.bin"
+    os.truncate(tmp_path / "broken" / "checkpoints" / "step-00000012" / "writer-0001-rank-00000-000.bin", 100)
+    path = tmp_path / "broken" / "checkpoints" / "step-00000008" / "writer-0001-rank-00001-000.bin"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1  # found only when it is read
     path.write_bytes(raw)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
-from trainer.callbacks import parity
+from trainer.callbacks import parity, watchdog
 from trainer.callbacks.watchdog import Watchdog, describe
 from trainer.checkpoint import committed_steps
 from trainer.lifecycle import prepare_new
@@ -83,7 +84,7 @@ class Recorded(Watchdog):
     """Notes hangs instead of ending the process."""
 
     def _hang(self, *args: Any) -> None:
-        self.hung = args[1:3]
+        self.hung = args[:2]
         self._stop.set()
 
 
@@ -109,6 +110,48 @@ def test_time_in_which_the_process_was_stopped_is_no_hang(tmp_path, monkeypatch)
     ticks = iter([1.0] * 12)
     dog._watch()
     assert dog.hung == ("forward", 3)
+
+
+class Silent:
+    """The store of a process group whose holder stands still: no question is ever answered."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def check(self, *_: Any) -> Any:
+        self.asked.set()
+        threading.Event().wait()
+
+    set = add = get = check
+
+
+def test_a_rank_that_holds_the_groups_store_and_stands_still_is_named(tmp_path, monkeypatch) -> None:
+    ended, lines, codes = threading.Event(), [], []
+    store = Silent()
+    monkeypatch.setattr(watchdog, "_shared_store", lambda: store)
+    monkeypatch.setattr(watchdog, "_EXCHANGE_S", 0.2)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 1)
+
+    class Ends(Watchdog):
+        def _hang(self, *args: Any) -> None:
+            assert store.asked.wait(10), "the other rank was not asked"
+            super()._hang(*args)
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        dog._stop.set()
+        ended.set()
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    dog = Ends(Store(str(tmp_path)), 1, init_seconds=0.3, step_seconds=0.3, tell=lines.append)
+    dog.setup(SimpleNamespace(global_step=0), None, "fit")  # type: ignore[arg-type]
+    try:
+        assert ended.wait(30) and codes == [EXIT_HANG]
+    finally:
+        dog._end()
+    assert "rank 0 does not answer; the others are in start-up of step 1" in lines[0]
+    assert (tmp_path / "hangs/0001/rank-00001.txt").exists()
 
 
 def test_each_phase_has_its_limit() -> None:
@@ -195,6 +238,12 @@ def test_the_fingerprint_sees_order_and_place() -> None:
     swapped = a.clone()
     swapped[0], swapped[1] = a[1], a[0]
     assert base != parity.fingerprint([swapped, b]) and base != parity.fingerprint([b, a])
+    long = torch.randn(parity._AT_ONCE[True] * 2 + 1)  # hashed in pieces: both ends of each count
+    base = parity.fingerprint([long])
+    for place in (0, parity._AT_ONCE[True] - 1, parity._AT_ONCE[True], len(long) - 1):
+        flipped = long.clone()
+        flipped.view(torch.int32)[place] ^= 1 << 31
+        assert parity.fingerprint([flipped]) != base
     assert parity.fingerprint([torch.zeros(3, dtype=torch.complex64)]) != parity.fingerprint(
         [torch.full((3,), -0.0, dtype=torch.complex64)]
     )

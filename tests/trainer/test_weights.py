@@ -59,6 +59,25 @@ def test_an_export_is_loaded_by_the_library_and_by_plain_torch(run, tmp_path):
     assert not list(tmp_path.glob("*keel-tmp"))
 
 
+def test_an_export_asks_for_each_tensor_when_its_turn_comes():
+    asked: list[str] = []
+
+    class Target:
+        def write_pieces(self, path: str, pieces: Any, size: int) -> None:
+            taken = [len(memoryview(next(pieces)).cast("B"))]
+            for number, piece in enumerate(pieces):
+                assert asked == ["a", "b", "c"][: number + 1], "no more is held than one"
+                taken.append(len(memoryview(piece).cast("B")))
+            assert size == sum(taken) and taken[1:] == [20, 20, 20]
+
+    def content(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.ones(5)
+
+    safetensors.write(Target(), "w", {name: ("float32", [5]) for name in "abc"}, content, {})  # type: ignore[arg-type]
+    assert asked == ["a", "b", "c"]
+
+
 def test_weights_come_from_a_run_and_from_what_the_library_wrote(run, tmp_path):
     truth = Task(seed=1).network.state_dict()
     for config, factor in ((WeightsConfig(url=run), 1.0), (WeightsConfig(url=run, step=5, ema=True), 2.0)):

@@ -11,7 +11,8 @@ Lightning calls callbacks in list order, so the order is part of the contract:
 7. checkpointing     calls `MetricsLog.flush()` on all ranks before it commits: no row up to a committed step is lost
    `Pruning`         asks at validations whether the run is worth going on with
 8. `Progress`        listens to the metrics log
-9. `Throughput`      last: what it sees between its two hooks is the wait for the next batch and nothing else
+9. `Heartbeat`       tells the store now and then, by a thread, where the run stands
+10. `Throughput`     last: what it sees between its two hooks is the wait for the next batch and nothing else
 
 Between its k-th steps none of them reads the device; only `Guard`, where it is on, talks to other ranks in each step.
 """

@@ -56,10 +56,11 @@ class Loggers(lightning.Callback):
     Args:
         metrics: whose rows are copied.
         store: the run's URL.
-        sinks: name -> function that makes the sink, called in the thread (some of them talk to a network).
+        sinks: name -> function that makes the sink from the step after which training begins (0: a fresh start), called in
+            the thread (some of them talk to a network).
     """
 
-    def __init__(self, metrics: MetricsLog, store: Store, sinks: Mapping[str, Callable[[], Sink]]) -> None:
+    def __init__(self, metrics: MetricsLog, store: Store, sinks: Mapping[str, Callable[[int], Sink]]) -> None:
         self._store, self._makers = store, dict(sinks)
         self._rows: queue.Queue[list[Row] | None] = queue.Queue(maxsize=_QUEUE)
         self._thread: threading.Thread | None = None
@@ -70,7 +71,9 @@ class Loggers(lightning.Callback):
     # ------------------------------------------------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._makers and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="keel-loggers", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, args=(trainer.global_step,), name="keel-loggers", daemon=True
+            )
             self._thread.start()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -103,11 +106,11 @@ class Loggers(lightning.Callback):
         except queue.Full:
             self._lost += len(rows)
 
-    def _work(self) -> None:
+    def _work(self, step: int) -> None:
         sinks: dict[str, Sink] = {}
         for name, make in self._makers.items():
             with self._blamed(name, sinks):
-                sinks[name] = make()
+                sinks[name] = make(step)
         while (rows := self._rows.get()) is not None:
             for name in list(sinks):
                 with self._blamed(name, sinks):
@@ -142,16 +145,16 @@ def check(config: LogConfig) -> None:
             )
 
 
-def sinks(config: LogConfig, store: Store, *, name: str, settings: Mapping[str, Any], resume_step: int | None) -> Any:
+def sinks(config: LogConfig, store: Store, *, name: str, settings: Mapping[str, Any]) -> Any:
     """What `Loggers` takes: the tools that `config` asks for, for the run `name` with its resolved `settings`."""
     identity = hashlib.sha256(store.url.encode()).hexdigest()[:16]  # the same for all attempts of a run
-    found: dict[str, Callable[[], Sink]] = {}
+    found: dict[str, Callable[[int], Sink]] = {}
     if config.tensorboard:
-        found["tensorboard"] = lambda: TensorBoard(store, resume_step)
+        found["tensorboard"] = lambda step: TensorBoard(store, step)
     if config.wandb:
-        found["wandb"] = lambda: WandB(config.wandb, name, identity, settings, store)
+        found["wandb"] = lambda step: WandB(config.wandb, name, identity, settings, store)
     if config.mlflow:
-        found["mlflow"] = lambda: MLflow(config.mlflow, name, identity, settings)
+        found["mlflow"] = lambda step: MLflow(config.mlflow, name, identity, settings)
     return found
 
 
@@ -179,17 +182,17 @@ def to_csv(rows: Iterable[Row]) -> bytes:
 class TensorBoard:
     """Event files in `URL/tensorboard`; for a remote URL they are written beside and uploaded at the end.
 
-    What earlier attempts wrote beyond `resume_step` is hidden.
+    What earlier attempts wrote beyond `step`, after which this one begins, is hidden.
     """
 
-    def __init__(self, store: Store, resume_step: int | None) -> None:
+    def __init__(self, store: Store, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._store = store
         self._staged = None if store.is_local else tempfile.TemporaryDirectory(prefix="keel-tensorboard-")
         folder = self._staged.name if self._staged is not None else str(store.local_path(TENSORBOARD))
         self._folder = folder
-        self._writer: Any = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
+        self._writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float], time: float) -> None:
         for name, value in values.items():

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from trainer.errors import Defect
 
+# Words that are hashed at once, by whether they lie in the host's memory: there in its cache, else in few kernels.
+_AT_ONCE = {True: 1 << 17, False: 1 << 24}
+
 
 class DivergedReplicas(Defect):
     """Ranks that should hold the same parameters do not."""
@@ -74,14 +77,19 @@ def check(module: nn.Module, step: int) -> None:
 @torch.no_grad()
 def fingerprint(tensors: list[Tensor]) -> Tensor:
     """One int64 on the device, of the bytes of `tensors` and their places; any single changed bit changes it."""
-    total: Tensor | None = None
+    total = torch.zeros((), dtype=torch.int64)
+    weights = torch.empty(0, dtype=torch.int64)
     for number, tensor in enumerate(tensors):
         words = _words(tensor)
-        places = torch.arange(words.numel(), device=words.device, dtype=torch.int64)
-        # Odd weights, which have inverses modulo 2^64, so that no change of one word can cancel.
-        part = (words.to(torch.int64) * (places * 0x2545F4914F6CDD1D + 2 * number + 1).bitwise_or(1)).sum()
-        total = part if total is None else total * 0x5851F42D4C957F2D + part
-    return torch.zeros((), dtype=torch.int64) if total is None else total
+        if weights.device != words.device or weights.numel() < min(words.numel(), _AT_ONCE[words.is_cpu]):
+            places = torch.arange(min(words.numel(), _AT_ONCE[words.is_cpu]), device=words.device, dtype=torch.int64)
+            # Odd, as the factors below: they have inverses modulo 2^64, so that no change of one word can cancel.
+            weights = (places * 0x2545F4914F6CDD1D).bitwise_or_(1)
+            total = total.to(words.device)
+        for piece in words.split(_AT_ONCE[words.is_cpu]):
+            total = total * 0x5851F42D4C957F2D + (piece.to(torch.int64) * weights[: len(piece)]).sum()
+        total = total + 2 * number + 1
+    return total
 
 
 def _words(tensor: Tensor) -> Tensor:

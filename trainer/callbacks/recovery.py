@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.callbacks.guard import NONFINITE, SPIKE, Guard
+from trainer.callbacks.guard import NONFINITE, SPIKE, Guard, not_finite
 from trainer.callbacks.metrics import MetricsLog
 from trainer.records import Row
 from trainer.schema import RecoveryConfig
@@ -92,11 +91,11 @@ class Recovery(pl.Callback):
     def finite(self, step: int, module: nn.Module) -> bool:
         """Whether the run is healthy and all parameters of all ranks are finite after `step`. Collective."""
         if self.healthy:
-            local = [local_part(p) for p in module.parameters()]
-            good = torch.stack([p.detach().isfinite().all() for p in local]).all().float()
+            local = [local_part(p).detach() for p in module.parameters()]
+            bad = not_finite(local, local[0].device)
             if dist.get_world_size() > 1:
-                dist.all_reduce(good, dist.ReduceOp.MIN)
-            if not bool(good):
+                dist.all_reduce(bad)
+            if bool(bad):
                 why = "parameters are not finite"
                 # What is broken by now cannot be skipped any more.
                 self._act("rollback" if self.config.nonfinite == "rollback" else "stop", step, why)

@@ -25,6 +25,7 @@ from trainer.restarts import EXIT_HANG
 PHASES = ("start-up", "data wait", "forward", "backward", "optimiser", "end of step", "save", "validation")
 
 _ANSWER_S = 5.0  # how long the other ranks may take to say where they are
+_EXCHANGE_S = 2 * _ANSWER_S  # with all that this takes
 _UPLOAD_S = 20.0
 
 
@@ -106,6 +107,11 @@ class Watchdog(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._enter("save", trainer)  # the last one, and the last rows
 
+    @property
+    def now(self) -> tuple[str, int]:
+        """(phase, step) of this process, also where it is not watched; from any thread."""
+        return self._now[:2]
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Around a save."""
@@ -131,7 +137,9 @@ class Watchdog(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------------- the thread
     def _watch(self) -> None:
-        shared = _shared_store()
+        asked = threading.Event()
+        if dist.get_world_size() > 1:
+            threading.Thread(target=self._ask, args=(asked,), name="keel-watchdog-ask", daemon=True).start()
         seen, spent, last = self._now[3], 0.0, time.monotonic()
         armed = 0.0
         while not self._stop.wait(self.poll_seconds):
@@ -146,10 +154,20 @@ class Watchdog(pl.Callback):
                 armed = now
                 with contextlib.suppress(Exception):  # standard error may be no file
                     faulthandler.dump_traceback_later(2 * self.init_seconds + 60, exit=True)
-            if spent > limit or _asked(shared, self._key):
-                self._hang(shared, phase, step, spent)
+            if spent > limit or asked.is_set():
+                self._hang(phase, step, spent)
 
-    def _hang(self, shared: Any, phase: str, step: int, seconds: float) -> None:
+    def _ask(self, asked: threading.Event) -> None:
+        """Sets `asked` when another rank has found a hang. In a thread of its own: no question to the store of the process
+        group has a time limit, and the process that holds it may be the one that stands still."""
+        with contextlib.suppress(Exception):  # gone with the rank that held it: the launcher ends this one
+            shared = _shared_store()
+            while not self._stop.wait(self.poll_seconds):
+                if shared.check([self._key]):
+                    asked.set()
+                    return
+
+    def _hang(self, phase: str, step: int, seconds: float) -> None:
         me, world = dist.get_rank(), dist.get_world_size()
         mine = {"rank": me, "host": socket.gethostname(), "phase": phase, "step": step, "seconds": round(seconds, 1)}
         mine["waits"] = _in_collective()
@@ -160,24 +178,29 @@ class Watchdog(pl.Callback):
         files = {f"{name}.txt": text.encode()} | {f"{name}-collectives.json": raw for raw in _flight_recorder()}
         sending = threading.Thread(target=self._send, args=(files,), daemon=True)
         sending.start()
-        known, first = {me: mine}, True
-        if shared is not None:
-            with contextlib.suppress(Exception):  # the store may go with the rank that holds it
-                shared.set(f"{self._key}/{me}", json.dumps(mine))
-                first = shared.add(self._key, 1) == 1
-                known |= _answers(shared, self._key, world)
+        heard, number = {me: mine}, [1]  # what the ranks say of themselves; this one is the n-th to find a hang
+        shared: list[Any] = []
+
+        def exchange() -> None:
+            shared.append(_shared_store())
+            shared[0].set(f"{self._key}/{me}", json.dumps(mine))
+            number[0] = shared[0].add(self._key, 1)
+            _answers(shared[0], self._key, world, heard)
+
+        def leave() -> None:  # nobody leaves before all have written: the first to leave ends the others
+            shared[0].add(f"{self._key}/done", 1)
+            _until(lambda: shared[0].add(f"{self._key}/done", 0) >= len(known), _UPLOAD_S)
+
+        met = world > 1 and _within(exchange, _EXCHANGE_S)
+        known, first = dict(heard), number[0] == 1
         line = describe(known, world, self.store.join(f"hangs/{self.attempt:04d}"))
         sending.join(_UPLOAD_S)
         if sending.is_alive():
             print(text, file=sys.stderr, flush=True)
         if first:
-            telling = threading.Thread(target=self._tell, args=(line,), daemon=True)
-            telling.start()
-            telling.join(_UPLOAD_S)
-        if shared is not None:  # nobody leaves before all have written: the first to leave ends the others
-            with contextlib.suppress(Exception):
-                shared.add(f"{self._key}/done", 1)
-                _until(lambda: shared.add(f"{self._key}/done", 0) >= len(known), _UPLOAD_S)
+            _within(lambda: self.tell(line), _UPLOAD_S)
+        if met:
+            _within(leave, _UPLOAD_S + 1)
         if first or me == 0:
             print(f"keel: error: {line}", file=sys.stderr, flush=True)
         os._exit(EXIT_HANG)
@@ -186,10 +209,6 @@ class Watchdog(pl.Callback):
         for path, raw in files.items():
             with contextlib.suppress(Exception):
                 self.store.write(path, raw)
-
-    def _tell(self, line: str) -> None:
-        with contextlib.suppress(Exception):
-            self.tell(line)
 
 
 class Ready(pl.Callback):
@@ -250,22 +269,26 @@ def stacks() -> str:
 
 def _shared_store() -> Any:
     """A connection of this thread's own to the store of the process group: the main thread may be waiting on the other."""
-    if dist.get_world_size() == 1:
-        return None
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
-def _asked(shared: Any, key: str) -> bool:
-    """Whether another rank has found a hang."""
-    try:
-        return shared is not None and shared.check([key])
-    except RuntimeError:  # gone with the rank that held it: the launcher ends this one
-        return False
+def _within(call: Callable[[], None], seconds: float) -> bool:
+    """Makes a call that may never return or fail with what it talks to; whether it was over in time, and well."""
+    well: list[bool] = []
+
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            call()
+            well.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(well)
 
 
-def _answers(shared: Any, key: str, world: int) -> dict[int, dict[str, Any]]:
-    """What the ranks say of themselves, as many as answer in time."""
-    found: dict[int, dict[str, Any]] = {}
+def _answers(shared: Any, key: str, world: int, found: dict[int, dict[str, Any]]) -> None:
+    """Puts what the ranks say of themselves into `found`, as many as answer in time."""
 
     def complete() -> bool:
         for rank in range(world):
@@ -274,7 +297,6 @@ def _answers(shared: Any, key: str, world: int) -> dict[int, dict[str, Any]]:
         return len(found) == world
 
     _until(complete, _ANSWER_S)
-    return found
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:

@@ -25,7 +25,10 @@ class Flight:
         """Begins `work`; the work before must have been waited for."""
         assert self._thread is None, "one piece of work at a time: wait() first"
 
+        begun = threading.Event()
+
         def run() -> None:
+            begun.wait()  # else the caller would wait for the interpreter until the work first waits for something
             try:
                 work()
             except BaseException as error:  # also what torch derives from BaseException: nothing may be lost here
@@ -36,6 +39,7 @@ class Flight:
         self._done.clear()
         self._thread = threading.Thread(target=run, name=name, daemon=True)
         self._thread.start()
+        begun.set()
 
     def poll(self) -> bool:
         """Whether work has ended since the last call; raises what it raised. Never waits."""

@@ -18,10 +18,11 @@ from trainer.checkpoint import loading
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
 from trainer.checkpoint.background import Flight
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.plan import Plan, make_plan, signature
 from trainer.checkpoint.retention import Ledger, Retention
-from trainer.checkpoint.staging import Buffers, Image, Written, crc32c, tensor_table, upload
+from trainer.checkpoint.staging import Buffers, Image, Written, tensor_table, upload
 from trainer.distributed import on_rank_zero, rank, world_size
 
 log = logging.getLogger("keel.checkpoint")
@@ -60,10 +61,11 @@ class Checkpointer:
         self.retention = retention or Retention()
         # Raises CheckpointError when this writer has been replaced; asked on rank 0 around every commit.
         self.fence: Callable[[], None] = lambda: None
-        # Which of the writers that there may be of these steps this one is: the newest has the highest number.
+        # Which of the writers that there may be of these steps this one is; the newest has the highest number. 0: the only one.
         self.writer = 0
         # Called on all ranks before a commit, in the thread that uploads: what must be in the store by then.
         self.before_commit: Callable[[], None] = lambda: None
+        self.committed: tuple[int, float] | None = None  # on rank 0: (step, seconds since the epoch) of the last commit
         self._registered: dict[str, Callable[[], Mapping[str, torch.Tensor]]] = {}
         self._flight, self._ledger = Flight(), Ledger(store)
         self._image, self._buffers = Image(), Buffers()
@@ -120,8 +122,8 @@ class Checkpointer:
             self._buffers.prepare(plan, tensors)
             source = self._buffers
         folder = self.store.sub(manifests.step_name(step))
-        prefix = manifests.writer_name(self.writer)
-        work = partial(self._write, step, lambda: upload(folder, plan, source, prefix), state, document, plan)
+        prefix, noted = manifests.writer_name(self.writer), self._ledger.noted(step)
+        work = partial(self._write, step, lambda: upload(folder, plan, source, prefix), state, document, plan, noted)
         if self.background:
             self._flight.start(work, f"keel-save-{step}")
             return True
@@ -141,7 +143,8 @@ class Checkpointer:
         self.wait()
         folder = self.store.sub(manifests.step_name(step))
         manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
-        tensors, scalars = self._collect(module, optimizers)
+        tensors, running = self._collect(module, optimizers)
+        scalars = {name: value for name, value in running.items() if states.is_state(name)}
         mine = f"{states.RNG}{rank():05d}"
         loading.check_compatible(manifest, tensors, scalars, folder.url)
         same_world = manifest["world_size"] == world_size()
@@ -150,7 +153,7 @@ class Checkpointer:
         loading.load_tensors(folder, manifest["tensors"], tensors)
         packed = tensors.pop(mine, None)
         own = {name: value for name, value in tensors.items() if name.startswith((states.MODEL, states.OPTIMIZER))}
-        states.restore(module, optimizers, own, {name: manifest["scalars"][name] for name in scalars})
+        states.restore(module, optimizers, own, running | {name: manifest["scalars"][name] for name in scalars})
         if packed is not None:
             states.set_rng_state(packed, device)
         return loading.unpack(on_rank_zero(lambda: loading.read_state(folder, manifest)))
@@ -211,10 +214,11 @@ class Checkpointer:
         state: bytes | Exception,
         document: dict[str, Any],
         plan: Plan,
+        noted: dict[str, float] | None,
     ) -> bool:
         """All of a save that needs no live tensor (in the background) or is done at once; on all ranks."""
         folder = self.store.sub(manifests.step_name(step))
-        if on_rank_zero(lambda: self._begin(folder, step), self._group):
+        if on_rank_zero(lambda: self._begin(folder, step, noted), self._group):
             return False
         mine: Written | Exception
         try:
@@ -236,7 +240,7 @@ class Checkpointer:
             self._retain()
         return True
 
-    def _begin(self, folder: Store, step: int) -> bool:
+    def _begin(self, folder: Store, step: int, noted: dict[str, float] | None) -> bool:
         """Rank 0: True if the step is committed and whole; otherwise removes what is there of it."""
         self.fence()
         left = folder.list("")
@@ -250,7 +254,7 @@ class Checkpointer:
         for path in left:
             if manifests.writer_of(path) <= self.writer:  # one that has replaced this one may be at it already
                 folder.delete(path)
-        self._ledger.forget(step)
+        self._ledger.forget(step, noted)
         return False
 
     def _commit(self, folder: Store, step: int, written: list[Written], state: bytes, document: dict[str, Any]) -> None:
@@ -280,6 +284,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{folder.url} was committed by another process meanwhile: two runs write to the same URL; stop one"
             )
+        self.committed = step, created
 
     def _retain(self) -> None:
         """Rank 0: drops committed steps beyond the policy, marker first, so that a half-deleted one is never trusted."""

@@ -14,8 +14,8 @@ from torch import nn
 from datamodules.store import Store, Unreachable
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint import state as states
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
-from trainer.checkpoint.staging import crc32c
 from trainer.checkpoint.storage import ShardReader, read_full
 
 

@@ -7,17 +7,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import google_crc32c
-
 from datamodules.store import NotFound, Store
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CheckpointError, CorruptCheckpoint
 from trainer.commits import MARKER, committed_steps, step_name
 
 __all__ = ["MARKER", "committed_steps", "latest", "read_manifest", "step_name", "verify"]
 
 FORMAT_VERSION = 1
-# The names of all but the marker begin with that of their writer, see `writer_name`; checkpoints of format 1 that were
-# written before that have these names as they are.
 MANIFEST, STATE = "manifest.json", "state.pt"
 _THREADS = 16
 _WRITER = re.compile(r"^writer-(\d{4,})-")
@@ -26,8 +23,9 @@ log = logging.getLogger("keel.checkpoint")
 
 
 def writer_name(writer: int) -> str:
-    """What the names of a writer's objects begin with: writers that do not know of each other never write the same object."""
-    return f"writer-{writer:04d}-"
+    """What the names of a writer's objects begin with, but for the marker: of writers that do not know of each other each
+    writes its own objects. 0: nothing, for one who is the only one."""
+    return f"writer-{writer:04d}-" if writer else ""
 
 
 def writer_of(name: str) -> int:
@@ -83,7 +81,7 @@ def verify(store: Store, step: int, *, deep: bool = True) -> list[str]:
             size = folder.size(file["path"])
             if size != file["size"]:
                 return f"{path} has {size} bytes instead of {file['size']}"
-            if deep and google_crc32c.value(bytes(folder.read(file["path"]))) != file["crc32c"]:
+            if deep and crc32c(folder.read(file["path"])) != file["crc32c"]:
                 return f"{path} is corrupt (crc32c differs)"
         except NotFound:
             return f"{path} is missing"

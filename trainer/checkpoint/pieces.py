@@ -45,7 +45,9 @@ class Pieces(torch.Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[tuple[tuple[int, ...], torch.Tensor]]
     ) -> "Pieces":
-        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("cpu"))
+        # Where its pieces lie, so that a copy of them to the host goes into pinned memory and is waited for.
+        device = pieces[0][1].device if pieces else torch.device("cpu")
+        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.pieces = list(pieces)
         return self
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,17 +86,25 @@ class Retention:
 
 
 class Ledger:
-    """What is known of the committed steps of a store; each is read once. One process (rank 0)."""
+    """What is known of the committed steps of a store; each is read once. One process (rank 0), any of its threads."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._created: dict[int, float] = {}
         self._metrics: dict[int, dict[str, float] | None] = {}
+        self._lock = threading.Lock()  # metrics are noted beside a save in the background
 
     def note(self, step: int, metrics: dict[str, float]) -> None:
         """Keeps the validation metrics of a step beside its checkpoint."""
-        self.store.write_json(_metrics_path(step), {name: value for name, value in metrics.items() if value == value})
-        self._metrics[step] = metrics
+        with self._lock:
+            self.store.write_json(
+                _metrics_path(step), {name: value for name, value in metrics.items() if value == value}
+            )
+            self._metrics[step] = metrics
+
+    def noted(self, step: int) -> dict[str, float] | None:
+        """What was noted of a step, so far as this process knows."""
+        return self._metrics.get(step)
 
     def entries(self, *, metrics: bool = True) -> list[Entry]:
         """All committed steps, ascending. A damaged marker counts as one of unknown age."""
@@ -108,18 +117,25 @@ class Ledger:
             found.append(Entry(step, self._created[step], self._metrics.get(step)))
         return found
 
-    def forget(self, step: int) -> None:
-        """A step is about to be written anew: what was known of it holds no longer."""
+    def forget(self, step: int, noted: dict[str, float] | None) -> None:
+        """A step is about to be written anew: what had been `noted` of it by then holds no longer. What has been noted
+        since is of the new one, whose validation may be over before its upload begins."""
         self._created.pop(step, None)
-        if self._metrics.pop(step, None) is not None:
-            self.store.delete(_metrics_path(step))
+        with self._lock:
+            if noted is not None and self._metrics.get(step) is noted:
+                del self._metrics[step]
+                self.store.delete(_metrics_path(step))
 
     def remove(self, step: int) -> None:
-        """Removes a checkpoint, marker first, so that a half-removed one is never trusted."""
+        """Removes a checkpoint, marker first, so that a half-removed one is never trusted; and its metrics before that, which
+        would else be those of a step that is written anew."""
+        with self._lock:
+            self.store.delete(_metrics_path(step))
+            self._metrics.pop(step, None)
+        self._created.pop(step, None)
         folder = self.store.sub(manifests.step_name(step))
         folder.delete(manifests.MARKER)
         folder.delete_tree("")
-        self.forget(step)
 
     def _time(self, step: int) -> float:
         try:

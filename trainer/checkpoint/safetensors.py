@@ -3,9 +3,7 @@ and to any store. A file's table of tensors has the form of a manifest's, so tha
 
 import json
 import math
-import os
 import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -64,7 +62,7 @@ def write(
     content: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
 ) -> int:
-    """Writes one file, whole or not at all; a local one tensor by tensor. Returns its bytes.
+    """Writes one file, whole or not at all, tensor by tensor. Returns its bytes.
 
     Args:
         target, path: where.
@@ -90,21 +88,5 @@ def write(
             if tensor.numel():
                 yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
-    if not target.is_local:
-        target.write(path, b"".join(parts()))
-        return 8 + len(raw) + end
-    final = target.local_path(path)
-    os.makedirs(os.path.dirname(final), exist_ok=True)
-    temporary = f"{final}.{uuid.uuid4().hex}.keel-tmp"
-    try:
-        with open(temporary, "xb") as file:
-            for part in parts():
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    target.write_pieces(path, parts(), 8 + len(raw) + end)
     return 8 + len(raw) + end

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import google_crc32c
 import numpy as np
 import torch
 
 from datamodules.store import Store
+from trainer.checkpoint.checksum import combine, crc32c
 from trainer.checkpoint.plan import FilePlan, Placed, Plan, held
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_HASHED_AT_ONCE = 4 << 20  # bytes; the hash holds the interpreter lock, which training wants too
 _THREADS = 4  # uploads at once and rank
+_COPIERS = 8  # threads at most that fill an image
+_HASHED_AGAIN = 1 << 20  # bytes up to which to hash a chunk twice costs less than to combine hashes
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Image:
         if self._buffer.numel() != end:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the new one is made
             self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=device is not None)
+        plain: Copies = []
         for file in plan.files:
-            copy(file, tensors, self._buffer[file.begin : file.begin + file.size], wait=False)
+            copy(file, tensors, self._buffer[file.begin : file.begin + file.size], wait=False, plain=plain)
+        _copy_all(plain)
         if device is not None:
             torch.cuda.current_stream(device).synchronize()
 
@@ -92,8 +95,19 @@ class Buffers:
             self._free.put(buffer)
 
 
-def copy(file: FilePlan, tensors: Mapping[str, torch.Tensor], target: torch.Tensor, *, wait: bool) -> None:
-    """The content of a file from live tensors into `target` (uint8, `file.size` elements)."""
+Copies = list[tuple[np.ndarray, np.ndarray]]  # (target, source), bytes in plain memory
+
+
+def copy(
+    file: FilePlan,
+    tensors: Mapping[str, torch.Tensor],
+    target: torch.Tensor,
+    *,
+    wait: bool,
+    plain: Copies | None = None,
+) -> None:
+    """The content of a file from live tensors into `target` (uint8, `file.size` elements). What is in `plain` afterwards
+    is left to the caller."""
     end = 0
     for placed in file.chunks:
         piece = placed.piece
@@ -102,17 +116,41 @@ def copy(file: FilePlan, tensors: Mapping[str, torch.Tensor], target: torch.Tens
         source = held(tensors[piece.name], placed.box)
         for dim, (start, length) in enumerate(zip(placed.local, piece.sizes, strict=True)):
             source = source.narrow(dim, start, length)
-        fill(target[placed.start : end].view(source.dtype).view(piece.sizes), source, wait=wait)
+        fill(target[placed.start : end].view(source.dtype).view(piece.sizes), source, wait=wait, plain=plain)
 
 
-def fill(target: torch.Tensor, source: torch.Tensor, *, wait: bool = True) -> None:
+def fill(target: torch.Tensor, source: torch.Tensor, *, wait: bool = True, plain: Copies | None = None) -> None:
     """`target` becomes a copy of `source`, of the same shape. Between plain memory of one dtype torch is gone around: it
-    would start and join its threads for every tensor, which on a busy machine costs more than the copy."""
-    plain = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (target, source))
-    if plain and target.dtype == source.dtype:
-        np.copyto(_bytes(target), _bytes(source))
+    would start and join its threads for every tensor, which on a busy machine costs more than the copy. With `plain` such
+    a copy is noted there in place of being made."""
+    simple = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (target, source))
+    if simple and target.dtype == source.dtype:
+        if plain is None:
+            np.copyto(_bytes(target), _bytes(source))
+        else:
+            plain.append((_bytes(target), _bytes(source)))
     else:
         target.copy_(source, non_blocking=not wait)
+
+
+def _copy_all(copies: Copies) -> None:
+    """Makes them, in as many threads as torch computes with: one alone does not fill the path to memory."""
+    total, threads = sum(len(target) for target, _ in copies), min(torch.get_num_threads(), _COPIERS)
+    shares: list[Copies] = [[] for _ in range(threads)]
+    done = 0
+    for target, source in copies:
+        at = 0
+        while at < len(target):  # a large one is cut where a share is full
+            share = min(done * threads // max(total, 1), threads - 1)
+            size = max(1, min(len(target) - at, -(-(share + 1) * total // threads) - done))
+            shares[share].append((target[at : at + size], source[at : at + size]))
+            at, done = at + size, done + size
+
+    def make(share: Copies) -> None:
+        for target, source in share:
+            np.copyto(target, source)
+
+    in_parallel(make, [share for share in shares if share], threads)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -131,7 +169,8 @@ def upload(folder: Store, plan: Plan, source: Image | Buffers, prefix: str = "")
             path = prefix + file.path
             chunks = [(placed.piece.name, _entry(path, placed, data)) for placed in file.chunks]
             folder.write(path, data.data)
-            return {"path": path, "size": file.size, "crc32c": crc32c(data)}, chunks
+            value = _of_file([chunk for _, chunk in chunks], data)
+            return {"path": path, "size": file.size, "crc32c": value}, chunks
 
     done = in_parallel(one, plan.files, _THREADS)
     return Written([file for file, _ in done], [chunk for _, chunks in done for chunk in chunks])
@@ -161,12 +200,16 @@ def _entry(path: str, placed: Placed, data: np.ndarray) -> dict[str, Any]:
     }
 
 
-def crc32c(data: Any) -> int:
-    """CRC-32C of anything with the buffer protocol; without a copy, in pieces."""
-    view = np.frombuffer(data, dtype=np.uint8) if len(data) else np.empty(0, dtype=np.uint8)
-    value = 0
-    for start in range(0, len(view), _HASHED_AT_ONCE):
-        value = google_crc32c.extend(value, view[start : start + _HASHED_AT_ONCE])
+def _of_file(chunks: Sequence[Mapping[str, Any]], data: np.ndarray) -> int:
+    """The CRC-32C of a file, from those of its chunks: large ones are not read again."""
+    value = end = 0
+    for chunk in chunks:
+        value = crc32c(data[end : chunk["start"]], value)
+        end = chunk["start"] + chunk["bytes"]
+        if chunk["bytes"] > _HASHED_AGAIN:
+            value = combine(value, chunk["crc32c"], chunk["bytes"])
+        else:
+            value = crc32c(data[chunk["start"] : end], value)
     return value
 
 

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _RNG_BYTES = 16 << 10
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
+# Settings of an optimiser's groups that say how it computes here, not what: those of the running one hold.
+_EXECUTION = ("capturable", "differentiable", "foreach", "fused")
 
 
 def collect(
@@ -61,6 +63,11 @@ def restore(
         prefix = f"{OPTIMIZER}{index}."
         state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
         set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
+
+
+def is_state(name: str) -> bool:
+    """Whether a scalar is state; otherwise it depends on the device and on who watches the run."""
+    return name.rpartition(".")[2] not in _EXECUTION
 
 
 def _named_state(optimizers: list[torch.optim.Optimizer]) -> Any:

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from datamodules.store import Store
+from trainer.checkpoint.checksum import crc32c
 from trainer.checkpoint.errors import CorruptCheckpoint
-from trainer.checkpoint.staging import crc32c, fill
+from trainer.checkpoint.staging import fill
 
 _BATCH = 64 << 20  # bytes asked for at once; two batches are on their way
 _RANGE = 8 << 20  # a larger chunk comes over several connections

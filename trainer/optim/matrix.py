@@ -40,7 +40,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         f"a hidden parameter has the shape {list(parameter.shape)}: {type(self).__name__} takes matrices"
                     )
             marked.append({**{k: v for k, v in group.items() if k != "role"}, "matrix": matrix})
-        super().__init__(marked, {**settings, "matrix": False})
+        # `capturable`: step counts lie on the device, as in torch's own optimisers.
+        super().__init__(marked, {**settings, "matrix": False, "capturable": False})
         self._exchange: Exchange | None = None
         self._members: list[int] = []
 
@@ -102,7 +103,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for parameter in present:
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    device = parameter.device if group["capturable"] else "cpu"
+                    state["step"] = torch.zeros((), device=device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             if not present:
@@ -116,6 +118,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 [],
                 [state["step"] for state in states],
                 foreach=True,
+                capturable=group["capturable"],
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

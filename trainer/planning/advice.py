@@ -16,7 +16,8 @@ log = logging.getLogger("keel.dryrun")
 def what_fits(config: RunConfig, device: Device, enough: int = 2) -> list[tuple[list[str], Plan]]:
     """(overrides, plan) of up to `enough` changes with which `config` fits on `device`, the mildest first.
 
-    None of them changes what is computed: batch, model and steps stay. Empty if none of the known ways is enough.
+    Batch, model and steps stay; a change of the precision, which changes the numbers (see `changes_numbers`), comes last.
+    Empty if none of the known ways is enough.
     """
     found: list[tuple[list[str], Plan]] = []
     for overrides in _candidates(config):
@@ -63,8 +64,6 @@ def _candidates(config: RunConfig) -> Iterator[list[str]]:
         yield [*shard, *recompute]
     for size in smaller:
         yield [*shard, *recompute, size]
-    if config.train.precision == "32-true":
-        yield [*shard, *recompute, *smaller[-1:], "train.precision=bf16-mixed"]
     if strategy.name in ("ddp", "fsdp"):
         base = ["strategy.name=fsdp"] if strategy.name == "ddp" else shard
         present = getattr(strategy, "tensor", 1)
@@ -75,3 +74,10 @@ def _candidates(config: RunConfig) -> Iterator[list[str]]:
         zero = ["strategy.name=deepspeed", "strategy.stage=3"]
         zero += ["strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
         yield [*zero, *recompute, *smaller[-1:], "diagnostics.every=0", "diagnostics.names=[]"]
+    if config.train.precision == "32-true":
+        yield [*shard, *recompute, *smaller[-1:], "train.precision=bf16-mixed"]
+
+
+def changes_numbers(overrides: list[str]) -> bool:
+    """Whether a run with these overrides computes other numbers, beyond the order of sums."""
+    return any(override.startswith("train.precision=") for override in overrides)

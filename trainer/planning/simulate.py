@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,11 +20,15 @@ from modules.tasks.base import Task
 from trainer import config as configs
 from trainer import strategies
 from trainer.build import _task, optimizer_and_scheduler, rules
+from trainer.callbacks.ema import EMA
+from trainer.callbacks.guard import Guard
+from trainer.callbacks.recovery import Recovery
 from trainer.planning.fake import accelerator_kernels, fake_tensors, fake_world, with_values
 from trainer.planning.tracking import (
     BACKWARD,
     BATCH,
     STEP,
+    UNDO,
     Counts,
     Route,
     Snapshot,
@@ -122,8 +127,10 @@ def trace(config: RunConfig, *, accelerator: bool = False) -> Trace:
             strategy = strategies.build(config if zero is None else _replicated(config), None)  # nothing is saved
             task.prepare = strategy.prepare
             task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
-            probe = Probe(tracker, found)
-            trainer = _trainer(config, "cpu", strategy, [probe])
+            guard, average = _extras(config)
+            probe = Probe(tracker, found, guard, average)
+            callbacks: list[pl.Callback] = [callback for callback in (guard, average, probe) if callback is not None]
+            trainer = _trainer(config, "cpu", strategy, callbacks)
             if zero is not None:
                 strategy.configure_ddp = lambda: None
             elif config.strategy.name == "ddp" and resources.world_size > 1:
@@ -136,6 +143,24 @@ def trace(config: RunConfig, *, accelerator: bool = False) -> Trace:
     if zero is not None:
         _as_zero(found, config)
     return found
+
+
+def _extras(config: RunConfig) -> tuple[Guard | None, EMA | None]:
+    """The callbacks of a run that hold copies of its state on the device."""
+    silent: Any = SimpleNamespace(subscribe=lambda reader: None, push=lambda values: None, register=lambda *_: None)
+    guard = Recovery(silent, config.recovery).guard()
+    if guard is not None:
+        guard._restore = lambda *_: _undo(guard)  # type: ignore[method-assign]
+    decay = config.train.ema_decay
+    return guard, EMA(decay, silent) if decay else None
+
+
+def _undo(guard: Guard) -> None:
+    """What the guard puts back after a step is made and dropped: step counts, whose values are known, would lose them."""
+    if guard._bad is not None:
+        for part, copy in guard._before:
+            torch.where(guard._bad, copy, part)
+    guard._before, guard._bad = [], None
 
 
 def _replicated(config: RunConfig) -> RunConfig:
@@ -154,6 +179,7 @@ def _as_zero(found: Trace, config: RunConfig) -> None:
         states *= 2  # moments of the float32 copies
     masters = found.parameters * 4 // world
     memory["optimiser"] = states // world + masters
+    memory["averages"] //= world
     memory["gradients"] = weights // (world if zero.stage >= 2 else 1) + min(zero.bucket_mib << 20, weights)
     if zero.stage == 3:
         memory["parameters"] = weights // world
@@ -187,8 +213,8 @@ class _Batches:
 class Probe(pl.Callback):
     """Tells the tracker what the loop does, and reads it at the end of the traced step."""
 
-    def __init__(self, tracker: Tracker, trace: Trace) -> None:
-        self.tracker, self.trace = tracker, trace
+    def __init__(self, tracker: Tracker, trace: Trace, guard: Guard | None, average: EMA | None) -> None:
+        self.tracker, self.trace, self.guard, self.average = tracker, trace, guard, average
         self._gradients: set[int] = set()
         self._buckets: list[Tensor] = []
         self._replicated: list[Tensor] = []
@@ -212,6 +238,8 @@ class Probe(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         self.tracker.phase = STEP
         self._gradients |= self.tracker.ids(p.grad for p in pl_module.parameters() if p.grad is not None)
+        if self.guard is not None:
+            self.tracker.mark(UNDO, (copy for _, copy in self.guard._before))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -252,6 +280,7 @@ class Probe(pl.Callback):
             "buffers": ids(task.buffers()),
             "optimiser": ids(optimiser),
             "gradients": self._gradients | ids(self._buckets),
+            "averages": ids(self.average._averages if self.average is not None else ()),
         }
         found = self.trace
         found.memory, found.phase = categorise(peak, known), peak.phase

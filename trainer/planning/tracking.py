@@ -24,10 +24,14 @@ from trainer.flops import FORMULAS
 
 BUILD, BATCH, FORWARD, BACKWARD, STEP = "build", "batch", "forward", "backward", "step"
 KEPT = "kept"  # made in a backward pass and still there at the next forward: gradients that accumulate
-CATEGORIES = ("parameters", "buffers", "gradients", "optimiser", "gathered", "activations", "batch", "temporaries")
+UNDO = "undo"  # copies from which the guard would put back what a bad step has changed
+CATEGORIES = (
+    *("parameters", "buffers", "gradients", "optimiser", "averages", "undo copies"),
+    *("gathered", "activations", "batch", "temporaries"),
+)
 
 # What a category is called when nothing else is known of a storage than when it was made.
-_BY_PHASE = {BATCH: "batch", FORWARD: "activations", KEPT: "gradients"}
+_BY_PHASE = {BATCH: "batch", FORWARD: "activations", KEPT: "gradients", UNDO: "undo copies"}
 
 
 @dataclass
@@ -138,6 +142,11 @@ class Tracker(TorchDispatchMode):
         """Counts tensors that were made before the tracker was entered, or out of its sight."""
         for tensor in tensors:
             self._see(tensor)
+
+    def mark(self, phase: str, tensors: Iterable[Tensor]) -> None:
+        """Storages count as made in `phase` for as long as they live."""
+        for key in self.ids(tensors) & self.live.keys():
+            self.live[key].phase = phase
 
     def ids(self, tensors: Iterable[Tensor]) -> set[int]:
         """The keys in `live` of the storages behind tensors."""

@@ -29,7 +29,7 @@ class Checkpointed(ParallelStrategy):
 
     checkpointer: Checkpointer
     on_loaded: Callable[[int], None] = staticmethod(lambda step: None)  # told which step was really loaded
-
+    loaded: int | None = None  # that step
     train_config: TrainConfig = TrainConfig()  # set by `strategies.build`
     defers_initialisation: ClassVar[bool] = False  # whether `prepare` takes networks of `deferred.record`
 
@@ -124,6 +124,7 @@ class Checkpointed(ParallelStrategy):
                     raise
                 log.warning("%s; falling back to %s", error, step_name(previous))
                 step = previous
+        self.loaded = step
         self.on_loaded(step)
         _fit_counters(extra["loops"]["fit_loop"], step, self.lightning_module.trainer.accumulate_grad_batches)
         return {**extra, "state_dict": {}, "optimizer_states": []}

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import ClassVar
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.checkpoint import Checkpointer
 from trainer.strategies import precision as precisions
@@ -44,3 +46,25 @@ class DDP(Checkpointed, DDPStrategy):
     def configure_ddp(self) -> None:
         if self.world_size > 1:  # a lone process has nobody to share gradients with: no wrapper, no copies
             super().configure_ddp()
+            assert isinstance(self.model, DistributedDataParallel)
+            settle_buckets(self.model)
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Lays the gradients out for their all-reduce once and for all, before the first step. Collective.
+
+    torch does it after the first backward pass, in the order in which gradients came. The place of a gradient decides the
+    order in which the ranks' values are added: so the first step after every resume would differ, in the last bit, from the
+    same step of a run that was not interrupted (on three ranks or more). Here an empty backward pass brings the gradients
+    in the reverse order of the parameters, which is about that of a real one.
+    """
+    reducer, parameters = model.reducer, [p for p in model.module.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        reducer.prepare_for_forward()
+        reducer.prepare_for_backward([])
+        total = sum(p.flatten()[:1].sum() * 0 for p in parameters)
+        assert isinstance(total, torch.Tensor)
+        total.backward()  # the last summand first
+    reducer._rebuild_buckets()
+    for parameter in parameters:
+        parameter.grad = None

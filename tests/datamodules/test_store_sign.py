@@ -1,0 +1,78 @@
+"""URLs made after a signed one are those that botocore would have signed."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from datamodules.store.client import _filesystem, _secret
+from datamodules.store.sign import Model, Signer
+
+NAMES = ["x", "a/c/0/1", "with space+plus", "~tilde-_.", "ünïcode/ß", "q?a=b&c#d", "a//b", "(1)!*'", "percent%20"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "path": {"key": "AK/ID", "secret": "s/+=", "endpoint_url": "http://127.0.0.1:9999"},
+    "host": {"key": "AKID", "secret": "secret", "client_kwargs": {"region_name": "eu-west-1"}},
+    "token": {"key": "AKID", "secret": "secret", "token": "a/b+c==", "endpoint_url": "https://store.example"},
+    "everyone": {"anon": True, "endpoint_url": "http://127.0.0.1:9999"},
+}
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials in the environment."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ENDPOINT_URL", "REGION"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+def filesystem(settings: dict[str, Any]) -> Any:
+    pytest.importorskip("s3fs")
+    return _filesystem("s3", settings, "s3://bucket")
+
+
+def signed_at(url: str) -> str:
+    return parse_qs(urlsplit(url).query).get("X-Amz-Date", [""])[0]
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_the_same_url_as_botocore_makes(nobody: None, how: str) -> None:
+    fs = filesystem(SETTINGS[how])
+    model = fs.url("bucket/keel", expires=3600)
+    for name in NAMES:
+        theirs = fs.url(f"bucket/{name}", expires=3600)
+        while signed_at(theirs) != signed_at(model):  # the second is over
+            model, theirs = fs.url("bucket/keel", expires=3600), fs.url(f"bucket/{name}", expires=3600)
+        ours = Model(model, _secret(fs)).url(name)
+        split, other = urlsplit(ours), urlsplit(theirs)
+        assert split[:3] == other[:3] and sorted(split.query.split("&")) == sorted(other.query.split("&"))
+
+
+def test_credentials_of_the_environment_are_found(nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _secret(filesystem({"endpoint_url": "http://127.0.0.1:9999", "anon": True})) == ""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKID")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of the environment")
+    assert _secret(filesystem({"endpoint_url": "http://127.0.0.1:9999"})) == "of the environment"
+
+
+def test_one_signature_of_botocore_per_bucket_and_all_where_ours_differs(nobody: None) -> None:
+    fs = filesystem(SETTINGS["path"])
+    asked: list[str] = []
+
+    def sign(key: str) -> str:
+        asked.append(key)
+        return str(fs.url(key, expires=3600))
+
+    signer = Signer(sign, lambda: SETTINGS["path"]["secret"])
+    assert len({signer(f"{bucket}/{i}") for i in range(5) for bucket in "ab"}) == 10
+    assert asked == ["a/keel", "b/keel"]
+    signer.forget("a/3")
+    signer("a/3")
+    assert asked == ["a/keel", "b/keel", "a/keel"]
+    asked.clear()
+    other = Signer(sign, lambda: "another secret")
+    for i in range(3):
+        assert urlsplit(other(f"a/{i}")).path == f"/a/{i}"
+    assert asked == ["a/keel", "a/0", "a/1", "a/2"]
