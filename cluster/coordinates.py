@@ -76,7 +76,8 @@ class Axis:
 
 def default_axes(config: RunConfig) -> dict[str, list[int]]:
     """Sizes by axis that the parametrisation answers for: widths (and depths, with a rule for depth) from those of the
-    base model to eight (four) times them; modes and resolutions for models that have modes."""
+    base model to eight (four) times them; for models with modes half, all and twice of them, and the grid and coarser
+    ones."""
     model = config.model
     base = getattr(config.parametrization, "base", {})
     found: dict[str, list[int]] = {}
@@ -88,7 +89,7 @@ def default_axes(config: RunConfig) -> dict[str, list[int]]:
         found["depth"] = [depth * factor for factor in (1, 2, 4)]
     if hasattr(model, "modes") and hasattr(config.task, "space"):
         most, points = min(model.modes), min(config.task.space)
-        found["modes"] = sorted({max(2, most // 4), max(2, most // 2), most})
+        found["modes"] = [count for count in (max(2, most // 2), most, 2 * most) if count <= points]
         found["resolution"] = [points // k for k in (4, 2, 1) if points % k == 0 and points // k >= max(model.modes)]
     return {name: sizes for name, sizes in found.items() if len(sizes) > 1}
 

@@ -52,6 +52,7 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For several processes (pytest-xdist): a file stays in one, and the files that share a server, too; those come first,
     as they take the longest."""

@@ -32,8 +32,8 @@ def register(commands: Any) -> None:
     for name, what in (
         ("widths", "default: those of the base model, times 1, 2, 4 and 8"),
         ("depths", "default, with a rule for depth: the base model's times 1, 2 and 4"),
-        ("modes", "Fourier modes per axis; default: a quarter, half and all of the config's"),
-        ("resolutions", "grid points; default: a quarter, half and all of the data's"),
+        ("modes", "Fourier modes per axis; default: half, once and twice the config's"),
+        ("resolutions", "grid points; default: all, half and a quarter of the data's"),
     ):
         parser.add_argument(f"--{name}", metavar="A,B,..", help=what + "; naming one axis leaves out those not named")
     parser.add_argument(

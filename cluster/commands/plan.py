@@ -42,9 +42,9 @@ def register(commands: Any) -> None:
     parser.add_argument("--price", type=float, metavar="P", help="of one device for one hour")
     parser.add_argument("--batch", type=float, metavar="B", help="samples per step (default: from the records)")
     parser.add_argument("--lr", type=float, metavar="LR", help="learning rate (default: from the records)")
-    parser.add_argument("--lr-horizon", type=float, default=-0.32, metavar="P", help="rate ~ data^P (default: -0.32)")
-    parser.add_argument("--lr-batch", type=float, default=0.5, metavar="P", help="rate ~ batch^P (default: 0.5)")
-    parser.add_argument("--batch-data", type=float, default=0.47, metavar="P", help="batch ~ data^P (default: 0.47)")
+    parser.add_argument("--lr-horizon", type=float, metavar="P", help="rate ~ data^P (default: -0.32)")
+    parser.add_argument("--lr-batch", type=float, metavar="P", help="rate ~ batch^P (default: 0.5)")
+    parser.add_argument("--batch-data", type=float, metavar="P", help="batch ~ data^P (default: 0.47)")
     add_log(parser)
     add_overrides(parser)
 
@@ -87,7 +87,9 @@ def plan(args: argparse.Namespace) -> int:
     runs = read(args)
     made = analyse(runs, options(args))
     names = ("budget", "device", "gpus", "mfu", "price", "lr_horizon", "lr_batch", "batch_data", "batch", "lr")
-    asked = Asked(served=args.serve, **{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    base = read_yaml(args.config) if args.config else base_config(args.source, args.where)
+    asked = Asked(served=args.serve, law_in_config=_has_law(base, args), **given)
     chosen = choose(made, asked)
     store = Store(absolute_url(args.out or f".keel/plans/{args.budget:g}"))
     about: dict[str, Any] = {
@@ -97,7 +99,6 @@ def plan(args: argparse.Namespace) -> int:
         "source_hash": fingerprint(runs),
         "loss_column": loss_column(args.source, columns_of(args.column)),
     }
-    base = read_yaml(args.config) if args.config else base_config(args.source, args.where)
     written = None
     if base is not None:
         from cluster.laws.sizing import sized
@@ -132,6 +133,21 @@ def plan(args: argparse.Namespace) -> int:
     if written is not None:
         print(f"start it with: keel train {store.join('run.yaml')}, then: keel score {store.join('run')}")
     return 0
+
+
+def _has_law(base: dict[str, Any] | None, args: argparse.Namespace) -> bool:
+    """Whether the config to be scaled moves its rate by itself."""
+    from trainer.config import merge
+
+    section = merge(base or {}, args.overrides).get("parametrization") or {}
+    found = "horizon" in str(section.get("name", "")).split("+")
+    for name in ("lr_horizon", "lr_batch"):
+        if found and getattr(args, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on a config whose parametrization.name={section['name']} has the "
+                f"law; set parametrization.{name}"
+            )
+    return found
 
 
 def _json(value: dict[str, Any]) -> bytes:

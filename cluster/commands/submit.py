@@ -84,8 +84,8 @@ def submit(args: argparse.Namespace) -> int:
 
 def resume_on(args: argparse.Namespace) -> int:
     """`keel resume URL --on FILE`."""
-    from cluster.commands.watch import ask
     from cluster.launch.cluster_config import load
+    from cluster.watch.ask import ask
     from datamodules.store import Store
     from trainer import config as configs
     from trainer.lifecycle import resumed

@@ -185,7 +185,8 @@ def run(args: argparse.Namespace) -> int:
 def _extended(config: SweepConfig, table: Table) -> Table:
     """The table with what the sweep has added to itself, and adds now that all its rows are done; saved."""
     from cluster.sweep.adaptive import Adaptive, kept
-    from cluster.sweep.results import Results, is_sweep
+    from cluster.sweep.results import is_sweep
+    from cluster.sweep.status import status as look
     from cluster.sweep.table import read_table
     from datamodules.store import Store
 
@@ -195,8 +196,7 @@ def _extended(config: SweepConfig, table: Table) -> Table:
             table = table.with_rows(kept(table, read_table(store)))
         table.save(store)
         adaptive = Adaptive(config)
-        results = Results(store, config.objective).complete(table)
-        table = table.with_rows(adaptive.additions(table, results))
+        table = table.with_rows(adaptive.additions(table, look(table).results))
         for note in adaptive.notes:
             print(note, flush=True)
     table.save(store)

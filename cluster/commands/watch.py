@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 from cluster.commands.common import add_command, add_url, open_run
 
 if TYPE_CHECKING:
-    from cluster.launch.job import JobFile
     from cluster.watch.seen import Seen
     from cluster.watch.verdict import Verdict
     from datamodules.store import Store
 
-_BACKEND_S = 15.0  # a backend that does not answer for so long is not reachable from here
 _CODES = (
     "exit code: 0 it goes on or has its result (queued, waiting, starting, restarting, running, done, diverged, pruned);\n"
     "1 somebody should look (stalled, dead, failed, preempted, cancelled, interrupted, unknown); 2 your error."
@@ -118,12 +115,13 @@ def register(commands: Any) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- status
 def status(args: argparse.Namespace) -> int:
+    from cluster.watch.ask import ask, wait
     from cluster.watch.seen import last_commit
     from cluster.watch.show import console, hosts_of, screen, summary
     from trainer.records import read_attempts
 
     store = open_run(args.url)
-    seen, verdict, said = (_wait if args.wait else ask)(store)
+    seen, verdict, said = (wait if args.wait else ask)(store)
     told = summary(seen, verdict, name=_name(seen))
     commit, attempts = last_commit(store), read_attempts(store)
     if args.json:
@@ -140,58 +138,6 @@ def status(args: argparse.Namespace) -> int:
     return verdict.exit_code
 
 
-def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
-    """What is seen of a run, what it means, and its job."""
-    from cluster.watch.seen import look
-    from cluster.watch.verdict import DONE, judge
-
-    seen = look(store)
-    verdict = judge(seen)
-    if seen.job is None:
-        return seen, verdict, None
-    index = seen.job.get("index")
-    name = seen.job["job_id"] if index is None else f"{seen.job['job_id']}_{index}"
-    said: dict[str, Any] = {"id": name, "backend": seen.job["backend"], "state": None}
-    if verdict.state not in DONE:
-        said["state"], said["error"] = _job_state(store)
-        verdict = judge(seen, said["state"])
-    return seen, verdict, said
-
-
-def _job_state(store: Store) -> tuple[str | None, str | None]:
-    """(state of the run's job by its backend, or None; why it could not be asked)."""
-
-    def call(job: JobFile) -> str:
-        return job.open().state(job.task_id)
-
-    state, error = _backend(store, call)
-    if state == "unknown":
-        return None, "its backend, as it is seen from here, does not know it"
-    return state, error
-
-
-def _backend(store: Store, call: Callable[[JobFile], Any]) -> tuple[Any, str | None]:
-    """`call` of the run's job, and what went wrong with it: this machine may have no way to the backend at all."""
-    from cluster.launch.job import read_job
-
-    found: list[Any] = []
-    failed: list[str] = []
-
-    def work() -> None:
-        try:
-            job = read_job(store)
-            found.append(None if job is None else call(job))
-        except (OSError, ValueError) as error:
-            failed.append(" ".join(str(error).split()))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(_BACKEND_S)
-    if found:
-        return found[0], None
-    return None, failed[0] if failed else f"it does not answer within {_BACKEND_S:g} s"
-
-
 def _job_line(said: Mapping[str, Any] | None) -> str:
     if said is None:
         return ""
@@ -205,17 +151,9 @@ def _name(seen: Seen) -> str:
     return str((seen.job or {}).get("spec", {}).get("name") or seen.url.rstrip("/").rpartition("/")[2])
 
 
-def _wait(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
-    while True:
-        found = ask(store)
-        if found[1].over:
-            return found
-        heard = found[0].run or next(iter(found[0].nodes.values()), None)
-        time.sleep(min(max(heard.period if heard else 2.0, 0.5), 30.0))
-
-
 # ---------------------------------------------------------------------------------------------------------------- logs
 def logs(args: argparse.Namespace) -> int:
+    from cluster.watch.ask import ask, tell
     from cluster.watch.logs import Log, choose, follow, lines
 
     store = open_run(args.url)
@@ -236,7 +174,7 @@ def logs(args: argparse.Namespace) -> int:
         return 0
     if args.rank is None and args.attempt is None:
         node = args.node or 0
-        told, error = _backend(store, lambda job: list(job.open().logs(job.task_id, node)))
+        told, error = tell(store, lambda job: list(job.open().logs(job.task_id, node)))
         if told:
             for line in told if args.tail is None else told[max(0, len(told) - args.tail) :]:
                 print(line)
@@ -260,6 +198,7 @@ def _why_none(store: Store) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- cancel
 def cancel(args: argparse.Namespace) -> int:
+    from cluster.watch.ask import ask, tell, wait
     from trainer.status import CANCEL
 
     store = open_run(args.url)
@@ -270,7 +209,7 @@ def cancel(args: argparse.Namespace) -> int:
     store.write_json(CANCEL, {"time": time.time(), "host": socket.gethostname(), "user": _user()})
     error: str | None = None
     if said is not None:
-        _, error = _backend(store, lambda job: job.open().cancel(job.task_id))
+        _, error = tell(store, lambda job: job.open().cancel(job.task_id))
         if said["state"] is None:
             error = error or said.get("error")
     where = f"job {said['id']} on {said['backend']} is" if said and not error else "it is"
@@ -279,7 +218,7 @@ def cancel(args: argparse.Namespace) -> int:
         print(f"keel: warning: its backend cannot be asked from here: {error}", file=sys.stderr)
     if not args.wait:
         return 0
-    _, verdict, _ = _wait(store)
+    _, verdict, _ = wait(store)
     print(f"{store.url}: {verdict.state}" + (f", {verdict.why}" if verdict.why else ""))
     return 0 if verdict.state == "cancelled" else verdict.exit_code
 

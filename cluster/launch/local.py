@@ -87,8 +87,8 @@ def _launch_one(job: Job) -> int:
                 break
     if restarts.between:
         return EXIT_REQUEUE
-    if raw < 0:
-        _say(f"the worker was killed by {_signal_name(-raw)}")
+    if code > 128 and code != EXIT_INTERRUPTED:
+        _say(f"the worker was killed by {_signal_name(code - 128)}")
     return code
 
 
@@ -257,7 +257,7 @@ def _report(failures: dict[int, tuple[int, float]], logs: Path, attempt: int = 0
         line = _last_line(log, starting="keel: error:")
         if line and not spoken:
             print(line, file=sys.stderr)
-    elif raw not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
+    elif code not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
         last = _last_line(log)
         _say(f"rank {rank} {_how(raw)}" + (f": {last}" if last else "") + (f" (log: {log})" if log else ""))
     return code

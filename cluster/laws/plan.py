@@ -11,11 +11,10 @@ import numpy as np
 from cluster.laws.allocation import Allocation, allocate, interval, regret, with_inference
 from cluster.laws.analysis import Analysis, loss_interval, plannable
 from cluster.laws.records import DataProblem
+from trainer.parametrization.horizon import LR_BATCH, LR_HORIZON, rate_factor
 
-# Defaults, each an option of `keel plan`: rate against horizon (arXiv:2409.19913) and batch (square root, as for Adam in
-# arXiv:2205.10287); batch against data (arXiv:2410.21676, with zero to arXiv:2503.04715's 0.571 as its interval).
-LR_HORIZON = -0.32
-LR_BATCH = 0.5
+# Batch against data (arXiv:2410.21676, with zero to arXiv:2503.04715's 0.571 as its interval); the exponents of the rate
+# are those of `trainer.parametrization.horizon`. Each is an option of `keel plan`.
 BATCH_DATA = 0.47
 _BATCH_DATA_RANGE = (0.0, 0.571)
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -52,7 +51,8 @@ class Plan:
 @dataclass
 class Asked:
     """What the user asks: budget in FLOPs; samples or tokens to be served; the machine (name, how many, the part of its
-    peak that runs reach, price of an hour); exponents; batch and lr where they are given."""
+    peak that runs reach, price of an hour); exponents; batch and lr where they are given. `law_in_config`: the config
+    that is planned moves its rate with data and batch by itself."""
 
     budget: float
     served: float = 0.0
@@ -65,6 +65,7 @@ class Asked:
     batch_data: float = BATCH_DATA
     batch: float | None = None
     lr: float | None = None
+    law_in_config: bool = False
 
 
 def plan(made: Analysis, asked: Asked) -> Plan:
@@ -191,9 +192,15 @@ def _rate(made: Analysis, asked: Asked, chosen: Plan) -> None:
         )
     elif reference is not None:
         rate, data = reference
+        if asked.law_in_config:
+            chosen.lr = rate
+            chosen.notes.append(
+                f"learning rate = {rate:.3g}, as in the best run: the config's own law of horizon and batch moves it"
+            )
+            return
         before = _reference(made, "batch")
-        batch = 1.0 if before is None or chosen.batch is None else (chosen.batch / before[0]) ** asked.lr_batch
-        horizon = (chosen.d / data) ** asked.lr_horizon
+        ratio = 1.0 if before is None or chosen.batch is None else chosen.batch / before[0]
+        horizon, batch = rate_factor(chosen.d / data, ratio, lr_horizon=asked.lr_horizon, lr_batch=asked.lr_batch)
         chosen.lr = rate * horizon * batch
         ends = [rate, rate * horizon, rate * batch, rate * horizon * batch]
         chosen.intervals["lr"] = (min(ends), max(ends))

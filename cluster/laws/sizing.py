@@ -50,19 +50,30 @@ def sized(
     given = any(word.startswith("train.global_batch=") for word in more)
     samples = start.train.global_batch if given else max(world, round(batch / world) * world)
     steps = max(1, round(d(measured) / per_sample / samples))
-    old = start.train.max_steps
-    changes = [*shape, f"train.max_steps={steps}", f"train.global_batch={samples}"]
-    changes.append(f"schedule.warmup_steps={round(start.schedule.warmup_steps / old * steps)}")
-    if start.schedule.decay_steps:
-        changes.append(f"schedule.decay_steps={max(1, round(start.schedule.decay_steps / old * steps))}")
-    if start.train.val_every:
-        changes.append(f"train.val_every={max(1, round(start.train.val_every / old * steps))}")
+    length = {**proportions(start, steps), "train.global_batch": samples}
+    changes = [*shape, *(f"{key}={value}" for key, value in length.items())]
     if lr is not None:
         changes.append(f"optim.lr={lr!r}")
     config = load(base, [*changes, *more])
     measured, per_sample = measure(config)
     steps, samples = config.train.max_steps, config.train.global_batch
     return Sized(config, measured, float(steps * samples * per_sample), steps, samples, per_sample)
+
+
+def proportions(start: RunConfig, steps: float) -> dict[str, int]:
+    """The settings of a run like `start` of about `steps` steps: warm-up, decay and the time between validations keep their
+    parts of the run, and where the last step was validated it still is."""
+    old, every = start.train.max_steps, start.train.val_every
+    count = max(1, round(steps))
+    found = {}
+    if every:
+        found["train.val_every"] = max(1, round(every / old * count))
+        if old % every == 0 and count >= old // every:
+            count = found["train.val_every"] * (old // every)
+    found |= {"train.max_steps": count, "schedule.warmup_steps": round(start.schedule.warmup_steps / old * count)}
+    if start.schedule.decay_steps:
+        found["schedule.decay_steps"] = max(1, round(start.schedule.decay_steps / old * count))
+    return found
 
 
 def shape_of(start: RunConfig, n: float) -> dict[str, int]:

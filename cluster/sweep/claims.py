@@ -153,6 +153,12 @@ class Claims:
                 row for row, holder in self._log.holders.items() if holder.owner and not self._is_dead(holder.owner)
             }
 
+    def begun(self) -> set[str]:
+        """The rows that any driver has ever claimed."""
+        with self._lock:
+            self._read()
+            return set(self._log.holders)
+
     # ------------------------------------------------------------------------------------------------------- internals
     def _free(self, row: str) -> bool:
         holder = self._log.holders.get(row)
@@ -236,13 +242,6 @@ class Claims:
                     self.lost.set()
                     return
                 self._beat()
-
-
-def touched(store: Store) -> set[str]:
-    """The rows that any driver has ever claimed."""
-    log = _Log()
-    _follow(store, log)
-    return set(log.holders)
 
 
 def running(store: Store) -> dict[str, bool]:

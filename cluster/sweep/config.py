@@ -247,6 +247,10 @@ def load(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Swee
     values["base"] = _base(raw)
     values["url"] = absolute_url(values["url"])
     config = SweepConfig(**values)
+    if config.stop.first and config.packed.stacked:
+        raise ConfigError(
+            "stop.first has no effect with packed.stacked=true: a stack ends as a whole; drop one of them"
+        )
     twice = sorted({name for name in config.axes if config.axes.count(name) > 1})
     if twice:
         raise ConfigError(f"axis {twice[0]} appears twice; keep one of them")

@@ -16,7 +16,7 @@ from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_USER_ERROR
 from cluster.sweep.claims import Lost
 from cluster.sweep.executor import open_executor
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.table import Table, read_table
+from cluster.sweep.table import Row, Table, read_table
 from datamodules.store import Store
 from trainer import restarts
 
@@ -37,8 +37,17 @@ def drive(table: Table, executor: str, workers: int = 0, *, retry: bool = False)
     if rows or table.sweep["tune"]["search"]:
         with sweep, sweep.listening():
             made.run(sweep, rows)
+            # Rows of a driver that has died since.
+            while not sweep.over and (left := _free(sweep)) and left != rows:
+                rows = left
+                made.run(sweep, rows)
             sweep.claims.check()
     return {0: 0, signal.SIGINT: 130}.get(sweep.signal, EXIT_REQUEUE)
+
+
+def _free(sweep: Sweep) -> list[Row]:
+    held = sweep.claims.held()
+    return [row for row in sweep.missing() if row.id not in held]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.laws.sizing import shape_of
+from cluster.laws.sizing import proportions, shape_of
 from cluster.sweep import stopping
 from cluster.sweep.config import LADDERS, SweepConfig, to_dict
 from cluster.sweep.expressions import evaluate, is_expression, names, ordered
@@ -94,6 +94,11 @@ class Maker:
         made = resolve(self.start, values)
         if self.config.objective != "loss" and not made.train.val_every:
             raise ConfigError(f"objective={self.config.objective} needs validation; set train.val_every > 0")
+        if self.config.objective != "loss" and made.train.val_every > made.train.max_steps:
+            raise ConfigError(
+                f"objective={self.config.objective}: the run has {made.train.max_steps} steps and would end before its first "
+                f"validation; lower train.val_every={made.train.val_every}"
+            )
         stopping.check(self.config.stop.first, made)
         parameters, tokens = self._size(made)
         samples = made.train.max_steps * made.train.global_batch
@@ -151,15 +156,9 @@ class Maker:
             steps = float(point["d"]) / (self._size(config)[1] * batch)
         if steps < 0.5:
             raise ConfigError(f"that is {steps:.2g} steps of train.global_batch={batch}: less than one")
-        count, old, schedule = max(1, round(steps)), self.start.train.max_steps, config.schedule
-        found = {"train.max_steps": count}
-        if "schedule.warmup_steps" not in values:
-            found["schedule.warmup_steps"] = round(schedule.warmup_steps / old * count)
-        if "schedule.decay_steps" not in values and schedule.decay_steps:
-            found["schedule.decay_steps"] = max(1, round(schedule.decay_steps / old * count))
-        if "train.val_every" not in values and config.train.val_every:
-            found["train.val_every"] = max(1, round(config.train.val_every / old * count))
-        return found
+        if "train.val_every" in values:  # as it is
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, val_every=0))
+        return {key: value for key, value in proportions(config, steps).items() if key not in values}
 
     # ----------------------------------------------------------------------------------------------------- expressions
     def _look_up(self, name: str, point: Point, values: Mapping[str, Any]) -> Any:

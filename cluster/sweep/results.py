@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.sweep.claims import touched
+from cluster.sweep.claims import running
 from cluster.sweep.table import Row, Table, read_table
 from datamodules.store import NotFound, Store
 from trainer.outcome import FLOPS_CONVENTION
@@ -86,10 +86,13 @@ class Results:
                 self.store.delete(name)
                 self._seen.discard(name)
 
-    def complete(self, table: Table, *, keep: bool = True) -> dict[str, Result]:
-        """As `refresh`, with the outcome of those rows whose run has ended though no driver has told; `keep`: told now."""
+    def complete(self, table: Table, begun: Collection[str], *, keep: bool = True) -> dict[str, Result]:
+        """As `refresh`, with the outcome of those rows whose run has ended though no driver has told; `keep`: told now.
+
+        Args:
+            begun: the rows that somebody has claimed; the others have no run.
+        """
         self.refresh()
-        begun = touched(self.store)  # what nobody claimed has no run
         silent = [row for row in table.rows if row.id in begun and row.id not in self.rows]
         with ThreadPoolExecutor(max_workers=16) as pool:
             found = [result for result in pool.map(lambda row: self._ended(table, row), silent) if result is not None]
@@ -113,11 +116,15 @@ class Results:
 
 
 def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
-    """The result of a row from its run's record. A run that ended well but without a finite objective has diverged."""
+    """The result of a row from its run's record. A run that ended well with an objective that is no number has diverged; one
+    that has none (a metric that its validation does not give) has failed."""
     metrics = dict(record.get("metrics") or {})
     loss = record.get("loss") if objective == "loss" else metrics.get(objective)
-    status = str(record["status"])
-    if status == "ok" and (loss is None or not math.isfinite(loss)):
+    status, error = str(record["status"]), record.get("error")
+    if status == "ok" and loss is None:
+        known = ", ".join(metrics) or "none"
+        status, error = "failed", f"the run has no {objective}; its metrics are {known}"
+    elif status == "ok" and not math.isfinite(float(loss or 0.0)):
         status = "diverged"
     config = record.get("config") or {}
     speed = record.get("throughput") or {}
@@ -128,7 +135,7 @@ def of_record(row: Row, record: Mapping[str, Any], objective: str) -> Result:
         "run_id": record.get("run_id", row.id),
         "url": record.get("url"),
         "status": status,
-        "error": record.get("error"),
+        "error": error,
         "steps": record.get("steps"),
         "samples": record.get("samples"),
         "tokens": record.get("tokens"),
@@ -200,5 +207,5 @@ def read_results(store: Store) -> list[Result]:
         ConfigError: there is no sweep.
     """
     table = read_table(store)
-    found = Results(store, table.sweep["objective"]).complete(table, keep=False)
+    found = Results(store, table.sweep["objective"]).complete(table, running(store), keep=False)
     return [found[row.id] for row in table.rows if row.id in found]

@@ -86,7 +86,7 @@ def status(table: Table) -> Status:
     store = Store(table.url)
     results = Results(store, table.sweep["objective"])
     held = running(store)
-    known = results.complete(table, keep=False)
+    known = results.complete(table, held, keep=False)
     states = {row.id: _state(table, row, known, held) for row in table.rows}
     mine = {row.id: known[row.id] for row in table.rows if row.id in known}
     found = Status(table, states, mine)

@@ -55,7 +55,7 @@ class Sweep:
     # ----------------------------------------------------------------------------------------------------- what is left
     def missing(self) -> list[Row]:
         """The rows without a result, the cheapest first; what others do at present is among them."""
-        self.results.complete(self.table)
+        self.results.complete(self.table, self.claims.begun())
         rows = [row for row in self.table.rows if self._is_missing(row)]
         return sorted(rows, key=lambda row: row.flops)
 

@@ -90,7 +90,7 @@ class Transformer(nn.Module):
         self.vocab_size = config.vocab_size
         self.max_seq_len = config.max_seq_len
         table_std = config.init_std if config.tie_embeddings else 1.0
-        self.embedding = Embedding(config.vocab_size, config.width, std=table_std)
+        self.embedding = Embedding(config.vocab_size, config.width, std=table_std, tied=config.tie_embeddings)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.readout: Linear | None = None

@@ -63,16 +63,16 @@ class ChannelLinear(Linear):
 class Embedding(nn.Embedding):
     """Token table `(vocab, D)`, normal with standard deviation `std`.
 
-    Integers `(*)` are looked up, `(*, D)`; features `(*, D)` are scored against each row, `(*, vocab)`: a tied readout.
-    Factors: `weight` on what is looked up, `score` on scores.
+    Integers `(*)` are looked up, `(*, D)`; with `tied` it is the readout, too: features `(*, D)` are scored against each
+    row, `(*, vocab)`. Factors: `weight` on what is looked up, `score` on scores.
     """
 
-    def __init__(self, vocab_size: int, width: int, *, std: float) -> None:
+    def __init__(self, vocab_size: int, width: int, *, std: float, tied: bool = False) -> None:
         self.std = std
         super().__init__(vocab_size, width)
         declare(self, weight="embedding")
         declare_fans(self, weight=(1, width))
-        declare_factors(self, weight=1.0, score=1.0)
+        declare_factors(self, weight=1.0, **({"score": 1.0} if tied else {}))
 
     def reset_parameters(self) -> None:
         normal_(self, "weight", self.std)

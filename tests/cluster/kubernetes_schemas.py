@@ -1,4 +1,5 @@
-"""The fields of custom resources that Keel uses, written from their public definitions; anything else is an error.
+"""A job to render, and the fields of custom resources that Keel uses, written from their public definitions; anything else
+is an error.
 
 A Job inside one is checked as `batch/v1`, and a pod's template as `v1`, by `kubernetes-validate` (see `validate`).
 """
@@ -9,6 +10,8 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+
+from cluster.launch.spec import JobSpec
 
 Schema = dict[str, Any]
 VERSION = "1.33"
@@ -27,6 +30,21 @@ def _object(required: str = "", **properties: Schema) -> Schema:
 def _one_of(*values: str) -> Schema:
     return {"enum": list(values)}
 
+
+BASE = JobSpec(
+    name="fno",
+    command=("trainer", "fit", "s3://bucket/runs/fno"),
+    run_url="s3://bucket/runs/fno",
+    nodes=2,
+    processes=8,
+    accelerators=8,
+    cpus=96,
+    memory_gib=512,
+    time_limit_s=4 * 3600,
+    env={"NCCL_DEBUG": "WARN", "NOTE": "it's $(HOME)"},
+    image="ghcr.io/you/keel:1",
+    retries=3,
+)
 
 STRING: Schema = {"type": "string", "minLength": 1}
 BOOLEAN: Schema = {"type": "boolean"}

@@ -150,7 +150,7 @@ def test_a_failed_rewrite_of_a_damaged_checkpoint_leaves_none_that_looks_whole(t
     os.truncate(tmp_path / step_name(2) / "rank-00000-000.bin", 7)
     gate = Gate(monkeypatch, Unreachable("gone"))
     gate.opened.set()
-    with pytest.raises(CheckpointError, match="gone"):
+    with pytest.raises(Unreachable, match="gone"):
         checkpointer.save(2, net, [optimizer], {}, device=CPU)
     assert committed_steps(checkpointer.store) == [1]
     assert not list((tmp_path / step_name(2)).glob("*")), "no old manifest beside new files"
@@ -252,7 +252,7 @@ def two_ranks(url: str) -> dict[str, object]:
     beside.save(2, net, [optimizer], {}, device=CPU)
     try:
         beside.wait()
-    except CheckpointError as error:
+    except Unreachable as error:
         found["error"] = str(error)
     Store.write = write  # type: ignore[method-assign]
     beside.save(3, net, [optimizer], {}, device=CPU)

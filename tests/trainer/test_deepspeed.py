@@ -28,6 +28,14 @@ ZERO = {
     "zero1_offload": {"stage": 1, "offload_optimizer": True},
     "zero3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
 }
+MUP = {
+    "parametrization": {
+        "name": "mup+depth+horizon",
+        "base": {"width": 8, "heads": 1, "depth": 1},
+        "base_data": 2048.0,
+        "base_batch": 64.0,
+    }
+}
 STEPS, CUT = 6, 3
 ADAMW = {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1}
 
@@ -82,10 +90,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     add("fsdp", {"name": "fsdp"})
     for name, fields in ZERO.items():
         add(name, {"name": "deepspeed", **fields})
+    for name in ("ddp", "fsdp", "zero3"):
+        strategy = {"name": "deepspeed", **ZERO[name]} if name in ZERO else {"name": name}
+        add(f"mup-{name}", strategy, **MUP)
     for precision in ("bf16-mixed", "bf16-true"):
         add(precision, {"name": "deepspeed", "stage": 2}, train={"precision": precision})
     try:
-        assert run_distributed(run_all, 2, jobs) == [["ok"] * len(jobs)] * 2
+        assert run_distributed(run_all, 2, jobs, timeout=280) == [["ok"] * len(jobs)] * 2
     finally:
         del os.environ["TORCH_EXTENSIONS_DIR"]
     return found
@@ -97,6 +108,21 @@ def test_every_stage_takes_the_steps_of_ddp(runs, name):
     reference, found = losses(runs["ddp"]), losses(runs[name])
     assert list(found) == list(range(1, STEPS + 1)) and reference[STEPS] < reference[1] - 0.02
     np.testing.assert_allclose(list(found.values()), list(reference.values()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3"])
+def test_a_parametrisation_is_the_same_under_every_strategy(runs, name):
+    """Rates, decay and epsilon of every parameter, as the optimiser holds them, and the losses."""
+    reference, found = losses(runs["mup-ddp"]), losses(runs[f"mup-{name}"])
+    np.testing.assert_allclose(list(found.values()), list(reference.values()), rtol=0, atol=2e-5)
+    assert abs(found[STEPS] - losses(runs["ddp"])[STEPS]) > 1e-3
+    ours, theirs = (read_manifest(Store(runs[u]).sub("checkpoints"), STEPS) for u in (f"mup-{name}", "mup-ddp"))
+    settings = {key: value for key, value in theirs["scalars"].items() if ".param_groups." in key}
+    assert settings == {key: value for key, value in ours["scalars"].items() if ".param_groups." in key}
+    law = (STEPS * 6 * 32 / 2048) ** -0.32 * (6 * 32 / 64) ** 0.5
+    rates = {key.split(".param_groups.")[1]: value for key, value in settings.items() if key.endswith(".initial_lr")}
+    assert rates["network.embedding.weight.initial_lr"] == pytest.approx(3e-3 * law)
+    assert rates["network.layers.1.mlp.up.weight.initial_lr"] == pytest.approx(3e-3 * law / 2 / 2**0.5)
 
 
 CROSS = [  # saved by (world 2), world, strategy

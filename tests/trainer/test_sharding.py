@@ -28,6 +28,10 @@ from trainer.strategies.clipping import clip_by_global_norm
 PRELOAD = ("tests.trainer.test_sharding",)
 CONFIG = {"fno": fno_config, "lm": lm_config}
 HARD = ["model.tie_embeddings=true", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"]
+MUP = {
+    "lm": ["parametrization.name=mup+depth", "parametrization.base={width: 8, heads: 1, depth: 1}"],
+    "fno": ["parametrization.name=mup", "parametrization.base.width=4"],
+}
 FSDP, DDP = "strategy.name=fsdp", "strategy.name=ddp"
 WATCH = "diagnostics.names=[gradients,updates,{}]"
 TP, HSDP = "strategy.tensor=2", "strategy.replicate=2"
@@ -39,6 +43,8 @@ PARITY: dict[str, tuple[int, str, list[str], str, float]] = {
     "two_recomputed_blocks": (2, "lm", [FSDP, TP, "train.activation_checkpointing=block"], "", 1e-5),
     "two_recomputed_selectively": (2, "lm", [FSDP, TP, "train.activation_checkpointing=selective"], "", 1e-5),
     "two_compiled": (2, "lm", [FSDP, "train.compile=true", "train.activation_checkpointing=selective"], "", 1e-5),
+    "two_of_mup": (2, "lm", [FSDP, TP, "train.activation_checkpointing=block", *MUP["lm"]], "mup", 1e-5),
+    "two_of_mup_fields": (2, "fno", [FSDP, *MUP["fno"]], "mup", 1e-5),
     "two_bf16_mixed": (2, "lm", [FSDP, "train.precision=bf16-mixed"], "", 5e-4),
     "two_bf16_mixed_fields": (2, "fno", [FSDP, "train.precision=bf16-mixed"], "", 2e-3),
     "two_bf16_true": (2, "lm", [FSDP, "train.precision=bf16-true"], "", 1e-2),
@@ -100,6 +106,7 @@ def done(data, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
     found: dict[str, Any] = {"chain": str(folder / "chain"), "whole": str(folder / "whole")}
     references = {"lm": ("lm", []), "fno": ("fno", []), "lm-hard": ("lm", HARD)}
+    references |= {f"{kind}-mup": (kind, words) for kind, words in MUP.items()}
     alone = [run(str(folder / name), data, kind, 1, DDP, *more) for name, (kind, more) in references.items()]
     adamw = {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}
     alone.append(run(found["whole"], data, "lm", 1, DDP, steps=2 * len(CHAIN), optim=adamw))
@@ -154,14 +161,20 @@ def measure(data: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     layouts = {"full": [FSDP]}
     if dist.get_world_size() % 2 == 0:
-        layouts |= {"tensor": [FSDP, TP], "hybrid": [FSDP, HSDP], "low": [FSDP, "train.precision=bf16-true"]}
+        layouts |= {
+            "mup": [FSDP],
+            "tensor": [FSDP, TP],
+            "hybrid": [FSDP, HSDP],
+            "low": [FSDP, "train.precision=bf16-true"],
+        }
     for kind in ("lm", "fno"):
         for name, overrides in layouts.items():
             if kind == "fno" and name == "tensor":
                 continue
             raw = CONFIG[kind]("unused", data[kind], global_batch=12) | {"url": f"/tmp/unused-{kind}-{name}"}
             world = f"resources.processes_per_node={dist.get_world_size()}"
-            config = configs.load(raw, [world, *(HARD if kind == "lm" else []), *overrides])
+            more = MUP[kind] if name == "mup" else HARD if kind == "lm" else []
+            config = configs.load(raw, [world, *more, *overrides])
             whole = build(config)[0].network
             precision.cast_weights(whole, config.train.precision)
             network, plain = prepared(config), dict(whole.named_parameters())
@@ -246,7 +259,7 @@ def test_one_run_continues_through_all_layouts(done):
 def test_deferred_initial_weights_are_those_of_the_whole_network_bit_for_bit(done, world):
     for result in done[world]:
         cases = {name: value for name, value in result.items() if name != "scaler"}
-        assert len(cases) == (2 if world == 3 else 7)
+        assert len(cases) == (2 if world == 3 else 9)
         assert {name: value[:2] for name, value in cases.items()} == dict.fromkeys(cases, (True, True))
 
 

@@ -48,7 +48,7 @@ running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING ';
 if [[ -n "$cancelled" ]] && running; then scancel "$SLURM_JOB_ID"; fi
 # A run that is told to save while it starts cannot answer with 75; it has lost nothing.
 if [[ -n "$told" && $code != 0 && $code != 2 ]]; then code=75; fi
-# Nodes that lost each other may meet again, but not for ever.
-if [[ $code == 74 ]] && (( ${SLURM_RESTART_COUNT:-0} < 3 )); then code=75; fi
+# Nodes that lost each other, or their store, may meet again, but not for ever.
+if [[ $code == 74 || $code == 69 ]] && (( ${SLURM_RESTART_COUNT:-0} < 3 )); then code=75; fi
 if [[ $code == 75 && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

@@ -19,6 +19,7 @@ from datamodules.store import Store
 from tests.helpers.runs import fno_config, lm_config
 from trainer.build import measure
 from trainer.config import config_hash, load
+from trainer.parametrization.horizon import rate_factor
 
 
 def ladder(sigma: float = 0.002) -> Any:
@@ -196,3 +197,19 @@ def test_the_largest_runs_config_is_scaled_when_none_is_given(
     prediction = json.loads((tmp_path / "plan" / "prediction.json").read_text())
     assert config.model.depth == 3 and prediction["n"] == measure(config)[0]
     assert "keel score" in capsys.readouterr().out
+
+
+def test_a_config_that_moves_its_rate_by_itself_is_not_moved_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = lm_config(str(tmp_path / "old"), str(tmp_path / "data"))
+    raw["parametrization"] = {"name": "horizon", "base_data": 1e5, "base_batch": 256.0}
+    assert run_plan(tmp_path, raw, "--lr-horizon", "-0.1") == 2
+    assert "set parametrization.lr_horizon" in capsys.readouterr().err
+    assert run_plan(tmp_path, raw) == 0
+    assert load(str(tmp_path / "plan" / "run.yaml")).optim.lr == 2e-3  # as in the records
+    made = analyse(ladder(), Options(draws=100))
+    moved, kept = plan(made, Asked(2e12)), plan(made, Asked(2e12, law_in_config=True))
+    best = int(np.argmin(made.points["loss"]))
+    horizon, batch = rate_factor(moved.d / made.points["d"][best], moved.batch / 8.0)
+    assert moved.lr == pytest.approx(2e-3 * horizon * batch) and kept.lr == 2e-3

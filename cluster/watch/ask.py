@@ -1,0 +1,72 @@
+"""A run's store and, where it can be reached from here, the backend of its job: together they say how it fares."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.launch.job import JobFile, read_job
+from cluster.watch.seen import Seen, look
+from cluster.watch.verdict import DONE, Verdict, judge
+from datamodules.store import Store
+
+_BACKEND_S = 30.0  # a backend that does not answer for so long is not reachable from here
+
+
+def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
+    """What is seen of a run, what it means, and its job."""
+    seen = look(store)
+    verdict = judge(seen)
+    if seen.job is None:
+        return seen, verdict, None
+    index = seen.job.get("index")
+    name = seen.job["job_id"] if index is None else f"{seen.job['job_id']}_{index}"
+    said: dict[str, Any] = {"id": name, "backend": seen.job["backend"], "state": None}
+    if verdict.state not in DONE:
+        said["state"], said["error"] = _job_state(store)
+        verdict = judge(seen, said["state"])
+    return seen, verdict, said
+
+
+def _job_state(store: Store) -> tuple[str | None, str | None]:
+    """(state of the run's job by its backend, or None; why it could not be asked)."""
+
+    def call(job: JobFile) -> str:
+        return job.open().state(job.task_id)
+
+    state, error = tell(store, call)
+    if state == "unknown":
+        return None, "its backend, as it is seen from here, does not know it"
+    return state, error
+
+
+def tell(store: Store, call: Callable[[JobFile], Any]) -> tuple[Any, str | None]:
+    """`call` of the run's job, and what went wrong with it: this machine may have no way to the backend at all."""
+    found: list[Any] = []
+    failed: list[str] = []
+
+    def work() -> None:
+        try:
+            job = read_job(store)
+            found.append(None if job is None else call(job))
+        except Exception as error:  # whatever its client may raise, the store goes on telling
+            failed.append(" ".join(str(error).split()) or type(error).__name__)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_BACKEND_S)
+    if found:
+        return found[0], None
+    return None, failed[0] if failed else f"it does not answer within {_BACKEND_S:g} s"
+
+
+def wait(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
+    """`ask`, once the run has ended or is dead."""
+    while True:
+        found = ask(store)
+        if found[1].over:
+            return found
+        heard = found[0].run or next(iter(found[0].nodes.values()), None)
+        time.sleep(min(max(heard.period if heard else 2.0, 0.5), 30.0))
