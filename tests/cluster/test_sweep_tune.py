@@ -99,10 +99,11 @@ def test_early_stops_one_after_the_other_without_a_dashboard(data: str, tmp_path
         monkeypatch.delenv(name)
     config = sweep_of(tmp_path, data, grid={"optim.lr": [1e-3, 2e-3]})
     config["tune"] = {"scheduler": f"{__name__}:StopAtOnce"}
+    config["base"]["train"]["max_steps"] = 2000  # which take far longer than a decision
     drive(tmp_path, config, "--workers", "1")
     found = results(config)
     assert [row["status"] for row in found.values()] == ["pruned", "pruned"]
-    assert all(2 < row["steps"] <= 6 for row in found.values())  # by themselves, at a validation after the first
+    assert all(2 < row["steps"] < 2000 for row in found.values())  # by themselves, at a validation after the first
     config = sweep_of(
         tmp_path / "search", data, random={"samples": 2, "axes": {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}}
     )
