@@ -175,6 +175,7 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> None:
         "RAY_health_check_failure_threshold": "5",
         "RAY_memory_monitor_refresh_ms": "0",  # the machine may be full for other reasons
         "RAY_prestart_worker_first_driver": "0",  # not one idle process for each CPU
+        "RAY_worker_niceness": "0",  # what runs beside it on this machine must not starve it
         SERVICE: str(folder),
         NODE: name,
     }
