@@ -301,8 +301,8 @@ def test_two_writers_cannot_both_commit(tmp_path):
     net, optimizer = make(False)
     begin = checkpointer._begin
 
-    def begin_then_lose(folder: Store, step: int) -> bool:
-        begun = begin(folder, step)
+    def begin_then_lose(folder: Store, step: int, noted: dict[str, float] | None) -> bool:
+        begun = begin(folder, step, noted)
         folder.write("COMMITTED", json.dumps({"step": 6, "manifest_sha256": "other"}).encode())
         return begun
 
