@@ -45,6 +45,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        "load": f"{os.getloadavg()[1]:.1f} in the last 5 minutes",  # well above the cores in use: read ratios with care
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
