@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cluster.commands.common import add_command, add_overrides, add_url, open_run, print_table
 
 if TYPE_CHECKING:
     from trainer.schema import RunConfig
+    from trainer.stored import Stored
 
 
 def register(commands: Any) -> None:
@@ -113,7 +114,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> int:
-    from trainer.lifecycle import prepare_resume
+    from trainer import stored
     from trainer.restarts import count
 
     if args.on:
@@ -123,7 +124,12 @@ def resume(args: argparse.Namespace) -> int:
     if args.dry_run or args.detach:
         raise ValueError("--dry-run and --detach need --on, which says where the job would run")
     _heed_signals()
-    config = prepare_resume(args.url, args.overrides)
+    # To check the config once more takes as long as the worker, which does it, takes to start.
+    config: Any = None if args.overrides or _is_worker() else stored.read(args.url)
+    if config is None:
+        from trainer.lifecycle import prepare_resume
+
+        config = prepare_resume(args.url, args.overrides)
     refuse_many_machines(config)
     if not _is_worker() or (os.environ.get("RANK") == "0" and not count()):
         clear(config.url)
@@ -156,11 +162,11 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_many_machines(config: RunConfig) -> None:
+def refuse_many_machines(config: RunConfig | Stored) -> None:
     """Raises ConfigError when one machine is not enough and nobody else has started the workers."""
-    from trainer.config import ConfigError
-
     if config.resources.nodes > 1 and not _is_worker():
+        from trainer.config import ConfigError
+
         raise ConfigError(
             f"resources.nodes={config.resources.nodes}: this command starts the processes of one machine; for more, "
             f"`keel submit --on` starts them on a cluster, torchrun by hand"
@@ -174,13 +180,13 @@ def clear(url: str) -> None:
     Store(url).delete_tree("status")
 
 
-def start(config: RunConfig, *, resume: bool) -> int:
+def start(config: RunConfig | Stored, *, resume: bool) -> int:
     """Runs the workers of `config` to their end and says how the run ended; returns the job's exit code."""
     if _is_worker():
         from trainer.__main__ import exit_code
         from trainer.run import fit
 
-        return exit_code(fit(config, resume=resume))
+        return exit_code(fit(cast("RunConfig", config), resume=resume))
     from cluster.launch import EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEUE, Job, launch
     from cluster.launch.budget import newest_commit
     from cluster.launch.node_watch import NodeWatch
