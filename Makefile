@@ -17,7 +17,7 @@ demo: setup  ## simulate, train, kill, resume, evaluate, report (STORE=file or S
 	@$(VENV) scripts/demo.py --store $(STORE)
 
 test: setup  ## run the tests in PROCESSES=2 processes (ARGS="-k cli" is passed on to pytest)
-	@OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff check, ruff format --check, mypy
 	@$(VENV) -m ruff check .

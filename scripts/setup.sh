@@ -48,6 +48,8 @@ say "installing $TORCH (once; it is large)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "$TORCH"
 say "installing keel and its test tools"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+# What the parametrisations are held against. Its requirement of torchvision, which it never imports, would bring another torch.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'mup>=1.0'
 
 # What some tests run besides Python: command:package. Without root those tests say what they lack.
 lacking=()

@@ -22,7 +22,7 @@ from tests.helpers.slurm import SlurmCluster, slurm_script
 
 CEPH_SCRIPT = Path(__file__).resolve().parent.parent / "scripts/services/ceph.sh"
 
-SERVERS = ("ray_server", "slurm_server", "ceph_server")  # one of each per machine, and slow to start
+SERVERS = ("ray_server", "slurm_server", "ceph_server")
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -53,16 +53,9 @@ def pytest_runtest_makereport(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes (pytest-xdist): a file stays in one, and the files that share a server, too; those come first,
-    as they take the longest."""
-    group_of: dict[Path, str] = {}
-    for item in items:
-        servers = [name for name in SERVERS if name in getattr(item, "fixturenames", ())]
-        if servers:
-            group_of[item.path] = servers[0]
-    items.sort(key=lambda item: item.path not in group_of)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of.get(item.path, str(item.path))))
+    """Files whose tests need a server come first: they take the longest, and several processes share files, not tests."""
+    served = {item.path for item in items if set(SERVERS) & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in served)
 
 
 @dataclass

@@ -87,7 +87,7 @@ def measure(config: RunConfig) -> tuple[int, int]:
 def network_of(config: RunConfig) -> nn.Module:
     """The network that `build` gives for a config, without a task or data: the same parameters bit for bit."""
     torch.manual_seed(config.seed)
-    return _network(config)
+    return _network(config, *_scheme(config))
 
 
 def flops_per_sample(config: RunConfig) -> int:
@@ -108,13 +108,13 @@ def flops_per_sample(config: RunConfig) -> int:
 
 def _task(config: RunConfig, made: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()) -> Task:
     _, task_class = model_registry.lookup("task", config.task.name)
-    return task_class(made(lambda: _network(config)), config.task)
+    scheme, base = _scheme(config)  # before: what is recorded is the network alone
+    return task_class(made(lambda: _network(config, scheme, base)), config.task)
 
 
-def _network(config: RunConfig) -> nn.Module:
+def _network(config: RunConfig, scheme: Scheme, base: nn.Module | None) -> nn.Module:
     """The network with the initial values and the factors that its parametrisation gives it."""
     network: nn.Module = model_registry.lookup("model", config.model.name)[1](config.model)
-    scheme, base = _scheme(config)
     scheme.apply(network, base, _case(config))
     return network
 

@@ -88,7 +88,9 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         checkpointer = _checkpointer(config, store.sub("checkpoints"))
         resume_step = checkpointer.latest() if resume else None
         if resume_step is not None and resume_step >= config.train.max_steps:
-            return on_rank_zero(functools.partial(ended, config, store, resume_step, record))
+            found: dict[str, Any] = on_rank_zero(functools.partial(ended, config, store, resume_step, record))
+            _say_how_it_ended(store, found)
+            return found
         rollback: Rollback | None = None
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)

@@ -27,11 +27,11 @@ def leave_at_once() -> None:
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    for signum in SIGNALS:
-        signal.signal(signum, _nothing)  # so that the byte is written
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     _leaving = True
     threading.Thread(target=_leave, args=(reading,), name="keel-signals", daemon=True).start()
+    for signum in SIGNALS:  # last: a signal between the two kinds of taking note would be lost
+        signal.signal(signum, _nothing)
 
 
 def note() -> None:

@@ -27,6 +27,7 @@ from cluster.launch.spec import INDEX
 _POLL_S = 0.25
 _AFTER_S = 2.0
 _OTHERS_S = 30.0  # how long the other nodes may take to end by themselves when one has ended
+_QUIET_S = 10.0  # a job that waits longer for its nodes says so
 _STOP_S = 10.0  # ... and when they are stopped to form the group anew
 _NODE_ID = "ray.io/node-id"
 
@@ -154,8 +155,7 @@ class Group:
 
     def run(self) -> int:
         """Returns the exit code of the group."""
-        started = time.monotonic()
-        waiting = False
+        quiet = time.monotonic() + _QUIET_S
         while True:
             self._signal()
             for node in list(self.nodes):
@@ -165,9 +165,10 @@ class Group:
                 return code
             if not self._told and self._first is None and not self._done():
                 self._form() if not self._endpoint else self._join()
-            if not waiting and not self._endpoint and time.monotonic() - started > 10:
-                waiting = True
-                _say(f"waiting for room: {self.plan.nodes} x {json.dumps(dict(self.plan.bundle))}")
+            if not self._endpoint and time.monotonic() > quiet:
+                quiet = float("inf")
+                if not self._placed():
+                    _say(f"waiting for room: {self.plan.nodes} x {json.dumps(dict(self.plan.bundle))}")
             time.sleep(_POLL_S)
 
     def release(self) -> None:
@@ -293,6 +294,11 @@ class Group:
             name=name,
             bundle_label_selector=[dict(labels) for _ in range(bundles)] if labels else None,
         )
+
+    def _placed(self) -> bool:
+        from ray.util import placement_group_table
+
+        return bool(placement_group_table(self._groups[0])["state"] == "CREATED")
 
     def _drop(self, group: Any) -> None:
         from ray.util import remove_placement_group

@@ -23,4 +23,5 @@ Below the sweep's URL lie
 EXECUTORS = {
     "local": "cluster.sweep.local:Local",
     "packed": "cluster.sweep.packed:Packed",
+    "ray": "cluster.sweep.tune:Tune",
 }

@@ -92,6 +92,23 @@ class PackedConfig:
 
 
 @dataclass
+class TuneConfig:
+    """The executor `ray`. `scheduler`: which runs go on, at each validation: asha, hyperband, median, or a class of Ray
+    Tune's as module:Class. `search`: suggests the values of the axes of `random` one run after the other, from the results
+    so far: optuna, or a Searcher of Ray Tune's as module:Class. `..._options`: their keyword arguments."""
+
+    scheduler: str = ""
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+    search: str = ""
+    search_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("scheduler", "search"):
+            if getattr(self, f"{name}_options") and not getattr(self, name):
+                raise ValueError(f"{name}_options have no effect without {name}")
+
+
+@dataclass
 class AdaptiveConfig:
     """What is added once the table is done.
 
@@ -158,12 +175,13 @@ class SweepConfig:
     cap: CapConfig = field(default_factory=CapConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     packed: PackedConfig = field(default_factory=PackedConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
 
     @property
     def grows(self) -> bool:
         """Whether the sweep adds rows to itself."""
-        return bool(self.adaptive.edges or self.adaptive.runs)
+        return bool(self.adaptive.edges or self.adaptive.runs or self.tune.search)
 
     @property
     def axes(self) -> list[str]:
@@ -177,6 +195,7 @@ _SECTIONS = {
     "cap": CapConfig,
     "machine": MachineConfig,
     "packed": PackedConfig,
+    "tune": TuneConfig,
     "adaptive": AdaptiveConfig,
 }
 _FREE = ("base", "settings", "grid", "zip")  # hold axes and expressions, which are looked at in `space`
@@ -228,9 +247,17 @@ def load(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Swee
     values["base"] = _base(raw)
     values["url"] = absolute_url(values["url"])
     config = SweepConfig(**values)
+    if config.stop.first and config.packed.stacked:
+        raise ConfigError(
+            "stop.first has no effect with packed.stacked=true: a stack ends as a whole; drop one of them"
+        )
     twice = sorted({name for name in config.axes if config.axes.count(name) > 1})
     if twice:
         raise ConfigError(f"axis {twice[0]} appears twice; keep one of them")
+    if config.tune.scheduler and config.stop.first:
+        raise ConfigError("stop and tune.scheduler both decide which runs go on; drop one of them")
+    if config.tune.search and (not config.random.samples or config.grid or config.zip):
+        raise ConfigError("tune.search suggests the axes of random, and nothing else: give random, and no grid or zip")
     for name in config.axes:
         if name in config.settings:
             raise ConfigError(f"{name} is an axis and a setting; keep one of them")

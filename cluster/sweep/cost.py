@@ -43,11 +43,14 @@ class Rates:
 
     def __init__(self, results: Mapping[str, Result], machine: MachineConfig) -> None:
         self.results, self.machine = results, machine
-        self._measured = sorted(
-            (math.log(found["flops"]), found["flops"] / found["device_seconds"])
+        done = [
+            found
             for found in results.values()
             if found["status"] == "ok" and found.get("flops") and found.get("device_seconds")
-        )
+        ]
+        # A run that was started again has the time in between in its seconds.
+        whole = [found for found in done if not found.get("retries")] or done
+        self._measured = sorted((math.log(found["flops"]), found["flops"] / found["device_seconds"]) for found in whole)
         self._peak: float | None = None
 
     @property

@@ -28,11 +28,13 @@ def drive(table: Table, executor: str, workers: int = 0, *, retry: bool = False)
         ValueError: a row that can never run here.
         Lost: this driver was silent for so long that another one gave it up.
     """
+    if table.sweep["tune"]["search"] and executor != "ray":
+        raise ValueError(f"tune.search needs the executor ray, not {executor}; add --executor ray")
     made = open_executor(executor, workers)
     sweep = Sweep(table, retry=retry)
     rows = sweep.missing()
     made.check(sweep, rows)
-    if rows:
+    if rows or table.sweep["tune"]["search"]:
         with sweep, sweep.listening():
             made.run(sweep, rows)
             # Rows of a driver that has died since.

@@ -37,7 +37,7 @@ def expand(config: SweepConfig) -> Table:
     table = Table(config.url, config.name, config.base, to_dict(config))
     maker = Maker(config)
     rows: dict[str, Row] = {}
-    for point in points(config):
+    for point in points(config) if not config.tune.search else ():  # suggested while the sweep runs
         row = maker.row(point)
         known = rows.setdefault(row.id, row)
         if known.axes != row.axes:

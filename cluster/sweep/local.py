@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from cluster.launch import PARENT_PID, available_cores
-from cluster.launch.local import _ROOT
+from cluster.launch.code import ROOT
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row
 
@@ -98,7 +98,7 @@ class Local:
         sweep.begin(row)
         threads = {} if row.threads else {"OMP_NUM_THREADS": "1"}
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
-        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {
             **os.environ,
             **threads,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from cluster.launch import PARENT_PID, available_cores
-from cluster.launch.local import _ROOT
+from cluster.launch.code import ROOT
 from cluster.sweep.results import failed, of_record
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row
@@ -69,7 +69,7 @@ class Packed:
                 raise ValueError("a driver of packed rows could not go on")
 
     def _drivers(self, sweep: Sweep, count: int) -> list[int]:
-        path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // count))
         env = {**os.environ, "PYTHONPATH": path, PARENT_PID: str(os.getpid()), "OMP_NUM_THREADS": threads}
         words = [sys.executable, "-P", "-m", "cluster.sweep.drive", sweep.table.url, "--executor", "packed"]

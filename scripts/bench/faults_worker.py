@@ -102,7 +102,7 @@ def install(faults: Faults) -> None:
 
     train, advance, clock = Task.training_step, StreamPosition.on_train_batch_end, time.time
     write, create, failed, record = Store.write, Store.create, stores.is_connect_fault, run.write_record
-    translate = Store._translate
+    translate = stores.translate
 
     def training_step(self: Any, batch: Any, index: int) -> Any:
         faults.step = self.trainer.global_step + 1
@@ -134,8 +134,8 @@ def install(faults: Faults) -> None:
         faults.say(failed=type(error).__name__)
         return failed(error)
 
-    def refused(self: Any, error: Exception, path: str) -> Any:
-        found = translate(self, error, path)
+    def refused(error: Exception, url: str, is_local: bool) -> Any:
+        found = translate(error, url, is_local)
         faults.say(failed=type(found).__name__)
         return found
 
@@ -147,7 +147,7 @@ def install(faults: Faults) -> None:
     Task.training_step = training_step  # type: ignore[method-assign, assignment]
     StreamPosition.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
     Store.write, Store.create = kept_write, kept_create  # type: ignore[method-assign]
-    stores.is_connect_fault, Store._translate = attempt_failed, refused  # type: ignore[assignment, method-assign]
+    stores.is_connect_fault, stores.translate = attempt_failed, refused
     run.write_record = recorded  # type: ignore[assignment]
     time.time = lambda: faults.now(clock)
 

@@ -152,7 +152,7 @@ class Bench:
             requests, total = limits.fetched(log, prefix, result["cold_from"], result["cold_until"])
             result |= {"requests": requests, "fetched_per_used": total / (result["cold_read"] * case.sample_bytes)}
         if result.get("states"):
-            tries = 3 if library == "keel" else 1  # milliseconds need more than one look
+            tries = 3 if library == "keel" and not self.args.quick else 1  # milliseconds need more than one look
             resumed = [
                 [self.worker("resume", library, share=share, **spec).get("resume_s") for share in RESUME_AT]
                 for _ in range(tries)
@@ -211,11 +211,12 @@ def main() -> None:
         "--envs", default=str(stream_envs.default_folder()), help="where the peers' environments lie"
     )
     arguments.add_argument("--folder", help="where to put data; a temporary folder if not given, removed at the end")
+    arguments.add_argument("--note", default="", help="a sentence for the report: what else ran, for instance")
     arguments.add_argument("--from-json", metavar="FILE", help="only make the tables of figures that were saved")
     args = arguments.parse_args()
     if args.from_json:
         figures = json.loads(Path(args.from_json).read_text())
-        report.show_all(figures, args.markdown)
+        report.show_all({**figures, "note": args.note or figures.get("note", "")}, args.markdown)
         return
     args.case, args.source = args.case or names, args.source or ["local", "s3"]
     args.library = args.library or list(LIBRARIES)
@@ -228,7 +229,7 @@ def main() -> None:
     def figures() -> dict[str, Any]:
         return {
             "rows": bench.rows, "limits": bench.limits, "quick": args.quick, "workers": args.workers,
-            "repeats": args.repeats, "minutes": (time.time() - began) / 60, **report.environment(bench.pythons),
+            "note": args.note, "repeats": args.repeats, "minutes": (time.time() - began) / 60, **report.environment(bench.pythons),
         }  # fmt: skip
 
     try:

@@ -202,7 +202,8 @@ def markdown(figures: Row) -> str:
         f"{figures['date']}, {figures['hardware']}, load average {figures['load']:.1f} at the end; Python "
         f"{platform.python_version()}; {versions}; commit {figures['commit']}. {figures['repeats']} paired repeats, medians, "
         f"{figures['workers']} workers (Keel: threads), {figures['minutes']:.0f} minutes"
-        + ("; small data (`--quick`)." if figures["quick"] else "."),
+        + ("; small data (`--quick`)." if figures["quick"] else ".")
+        + (f" {figures['note']}" if figures.get("note") else ""),
         "",
         "Made by `python scripts/bench/stream.py --markdown docs/results/stream.md`; how it measures is said there. Server: "
         "Ceph's radosgw on the same machine, so server and readers share the cores.",

@@ -30,7 +30,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ def up(directory: str | Path, nodes: int = 0) -> dict[str, str]:
     names = [f"n{number}" for number in range(1, (nodes or state["nodes"]) + 1)]
     if HEAD not in _running(folder):
         shutil.rmtree(state["temp"], ignore_errors=True)  # a head cannot take over the session of another
-        _start(folder, state, HEAD)()
-    started = [_start(folder, state, name) for name in names if name not in _running(folder)]
-    for wait in started:
-        wait()
+        _start(folder, state, HEAD)
+    for name in names:  # one after the other: nodes of one machine choose the names of their sockets by what is there
+        if name not in _running(folder):
+            _start(folder, state, name)
     deadline = time.monotonic() + START_TIMEOUT_S
     wanted = {f"{state['network']}.{state['addresses'][name]}" for name in names}
     while not wanted <= _alive(folder, state):
@@ -91,7 +91,7 @@ def start(directory: str | Path, node: str) -> None:
     if state is None or HEAD not in _running(folder):
         raise RuntimeError(f"no cluster runs in {folder}")
     if node not in _running(folder):
-        _start(folder, state, node)()
+        _start(folder, state, node)
 
 
 def kill(directory: str | Path, node: str) -> None:
@@ -147,8 +147,8 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]:
-    """Starts a node's processes; the returned function waits for them to run."""
+def _start(folder: Path, state: dict[str, Any], name: str) -> None:
+    """Starts a node's processes; returns when they run."""
     known = state["addresses"]
     if name not in known:
         known[name] = max(known.values()) + 1
@@ -157,6 +157,8 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
     words = ["--node-ip-address", address, "--num-gpus", "0", "--object-store-memory", str(100 << 20)]
     words += ["--disable-usage-stats", "--include-log-monitor", "false", "--min-worker-port", "0"]
     words += ["--max-worker-port", "0"]
+    # By default every agent, whatever its node's address, takes one port of 127.0.0.1: no second cluster would run jobs.
+    words += ["--dashboard-agent-listen-port", str(_free_ports(1)[0])]
     head = f"{state['network']}.1"
     if name == HEAD:
         words += ["--head", "--num-cpus", "0", "--port", str(state["gcs"]), "--temp-dir", state["temp"]]
@@ -173,12 +175,12 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
         "RAY_health_check_failure_threshold": "5",
         "RAY_memory_monitor_refresh_ms": "0",  # the machine may be full for other reasons
         "RAY_prestart_worker_first_driver": "0",  # not one idle process for each CPU
+        "RAY_worker_niceness": "0",  # what runs beside it on this machine must not starve it
         SERVICE: str(folder),
         NODE: name,
     }
     log = folder / f"{name}.log"
-
-    def call() -> subprocess.Popen[bytes]:
+    for _ in range(3):
         with log.open("ab") as sink:
             starter = subprocess.Popen(
                 [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *words],
@@ -188,30 +190,27 @@ def _start(folder: Path, state: dict[str, Any], name: str) -> Callable[[], None]
                 start_new_session=True,
                 cwd=folder,
                 env=own | settings,
+                preexec_fn=_hurry,
             )
         (folder / f"{name}.session").write_text(str(starter.pid))
-        return starter
+        # Ray itself gives up after 30 s, and leaves its processes; on a busy machine these may only need longer.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if starter.wait(START_TIMEOUT_S) == 0:
+                return
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while name in _running(folder) and time.monotonic() < deadline:
+            if address in _alive(folder, state):
+                return
+            time.sleep(0.5)
+        _end(folder, name)
+        starter.wait()
+    raise RuntimeError(f"{name} did not start; its log: {log}")
 
-    started = [call()]
 
-    def wait() -> None:
-        for left in reversed(range(3)):
-            # Ray itself gives up after 30 s, and leaves its processes; on a busy machine these may only need longer.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if started[-1].wait(START_TIMEOUT_S) == 0:
-                    return
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while name in _running(folder) and time.monotonic() < deadline:
-                if address in _alive(folder, state):
-                    return
-                time.sleep(0.5)
-            _end(folder, name)
-            started[-1].wait()
-            if left:
-                started.append(call())
-        raise RuntimeError(f"{name} did not start; its log: {log}")
-
-    return wait
+def _hurry() -> None:
+    """Ray gives its daemons 15 s to start, which on a busy machine takes priority. Workers of jobs stay behind (nice 15)."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
 
 
 def _alive(folder: Path, state: dict[str, Any]) -> set[str]:

@@ -13,17 +13,17 @@ from tests.helpers.runs import tiny_fields
 from trainer.checkpoint import committed_steps
 from trainer.records import read_attempts, read_record
 
-STEPS = 40
-# (kind, step, rank, phase): of two ranks, on a store that goes away.
+STEPS = 60
+# (kind, step, rank, phase): of two ranks, on a store that goes away. Nothing strikes in the two intervals after that.
 HITS = [
     ("sigterm", 1, 1, "start"),
     ("sigkill", 7, 1, "run"),
     ("sigkill_in_save", 13, 0, "run"),
-    ("store_gone", 16, 0, "run"),
-    ("sigstop", 22, 1, "run"),
-    ("bit_flip", 26, 0, "run"),
-    ("sigusr1", 31, 1, "run"),
-    ("sigkill_tree", 34, 0, "run"),
+    ("sigstop", 18, 1, "run"),
+    ("bit_flip", 23, 0, "run"),
+    ("store_gone", 27, 0, "run"),
+    ("sigusr1", 47, 1, "run"),
+    ("sigkill_tree", 52, 0, "run"),
     ("sigkill_at_end", STEPS, 0, "run"),
 ]
 

@@ -22,7 +22,7 @@ from cluster.launch.code import ROOT
 from cluster.launch.ray import Ray, check_room
 from cluster.launch.ray_plan import Plan
 from cluster.launch.spec import CodeSpec, JobSpec
-from tests.helpers.ray import RayCluster
+from tests.helpers.ray import CPUS, RayCluster
 from tests.helpers.slurm import wait_until
 
 # Stands in for `cluster.launch.node`: notes its environment, then does what the file that its last argument names says:
@@ -116,21 +116,30 @@ def ended(ray_cluster: RayCluster, job_id: str) -> tuple[str, int]:
 
 
 # --------------------------------------------------------------------------------------------------------------- queue
-def test_nodes_know_where_they_stand(backend: Ray, ray_cluster: RayCluster, tmp_path: Path) -> None:
-    name = backend.submit(job(tmp_path, "x", memory_gib=1, processes=1, cpus=3))
+def test_nodes_know_where_they_stand_and_save_when_cancelled(
+    backend: Ray, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    name = backend.submit(job(tmp_path, "x", memory_gib=1, processes=1, cpus=CPUS))
+    waiting = backend.submit(job(tmp_path, "x", cpus=CPUS))
     first, second = notes(tmp_path, name, 1, 1)
-    assert until(backend, name, "running") == "running"
-    order(tmp_path, "x", "0")
-    assert until(backend, name, "done") == "done" and ended(ray_cluster, name) == ("SUCCEEDED", 0)
     assert (first["KEEL_NODE"], second["KEEL_NODE"]) == ("0", "1") and {first["ray"], second["ray"]} == {"n1", "n2"}
     for note in (first, second):
-        assert note["KEEL_JOB"] == name and note["KEEL_ARRAY_INDEX"] is None and note["OMP_NUM_THREADS"] == "3"
+        assert note["KEEL_JOB"] == name and note["KEEL_ARRAY_INDEX"] is None and note["OMP_NUM_THREADS"] == str(CPUS)
         assert note["KEEL_RENDEZVOUS"].startswith(f"{ray_cluster.address_of(first['ray'])}:")
         assert (note["SETTING"], note["EXTRA"], note["GIVEN"]) == ("set", "it's $HOME", "by the submitter")
         assert note["STRAY"] is None
-    assert list(backend.logs(name, 0)) == ["node 0 starts"] and list(backend.logs(name, 2)) == []
-    assert list(make_backend(tmp_path, address=ray_cluster.address).logs(name, 1)) == ["node 1 starts"]
     assert ray_cluster.ask(f"/api/jobs/{name}")["metadata"]["run"] == str(tmp_path / "run")
+    assert (backend.state(name), backend.state(waiting)) == ("running", "queued")
+    backend.cancel(waiting)
+    backend.cancel(name)
+    until(backend, name, "cancelled")
+    until(backend, waiting, "cancelled")
+    assert len(list(tmp_path.glob(f"{name}-*.saved"))) == 2 and not list(tmp_path.glob(f"{waiting}-*"))
+    elsewhere = make_backend(tmp_path, address=ray_cluster.address)
+    assert list(elsewhere.logs(name, 1)) == ["node 1 starts"] and list(elsewhere.logs(name, 2)) == []
+    elsewhere.cancel(name)  # has ended: left alone
+    elsewhere.cancel("keel-nobody")
+    assert elsewhere.state("keel-nobody") == "unknown" and list(elsewhere.logs("keel-nobody", 0)) == []
 
 
 def test_jobs_end_as_their_nodes_do(backend: Ray, ray_cluster: RayCluster, tmp_path: Path) -> None:
@@ -175,54 +184,35 @@ def test_jobs_end_as_their_nodes_do(backend: Ray, ray_cluster: RayCluster, tmp_p
     until(backend, again, "done")
 
 
-def test_cancelling_saves_first_and_is_for_good(backend: Ray, ray_cluster: RayCluster, tmp_path: Path) -> None:
-    name = backend.submit(job(tmp_path, "x", cpus=4))
-    notes(tmp_path, name, 1, 1)
-    waiting = backend.submit(job(tmp_path, "x", cpus=4))
-    assert (backend.state(name), backend.state(waiting)) == ("running", "queued")
-    backend.cancel(waiting)
-    until(backend, waiting, "cancelled")
-    backend.cancel(name)
-    until(backend, name, "cancelled")
-    assert len(list(tmp_path.glob(f"{name}-*.saved"))) == 2 and not list(tmp_path.glob(f"{waiting}-*"))
-    backend.cancel(name)  # has ended: left alone
-    backend.cancel("keel-nobody")
-    assert backend.state("keel-nobody") == "unknown" and list(backend.logs("keel-nobody", 0)) == []
-
-
-def test_lost_nodes_are_replaced(backend: Ray, ray_cluster: RayCluster, tmp_path: Path) -> None:
-    name = backend.submit(job(tmp_path, "x", retries=3))
+def test_lost_nodes_are_replaced_and_an_elastic_job_goes_on_without(
+    backend: Ray, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    elastic = backend.submit(job(tmp_path, "x", nodes=1, max_nodes=2, retries=2, cpus=1))
+    name = backend.submit(job(tmp_path, "x", retries=3, cpus=1))
     first, second = notes(tmp_path, name, 1, 1)
     os.kill(second["pid"], signal.SIGKILL)  # the node entry: starts again in its place, beside node 0
     _, second = notes(tmp_path, name, 1, 2)
     os.kill(second["ppid"], signal.SIGKILL)  # its actor
     again, second = notes(tmp_path, name, 1, 3)
     assert again["pid"] == first["pid"] and second["KEEL_RENDEZVOUS"] == first["KEEL_RENDEZVOUS"]
-    ray_cluster.kill(first["ray"])  # a whole Ray node, that of node 0
-    ray_cluster.start(first["ray"])
-    first, second = notes(tmp_path, name, 2, 4)
-    assert first["KEEL_RENDEZVOUS"] == second["KEEL_RENDEZVOUS"] != again["KEEL_RENDEZVOUS"]
-    assert {first["ray"], second["ray"]} == {"n1", "n2"}
+    zero, one = notes(tmp_path, elastic, 1, 1)
+    assert {zero["ray"], one["ray"]} == {"n1", "n2"} and zero["KEEL_RENDEZVOUS"] == one["KEEL_RENDEZVOUS"]
+    ray_cluster.kill(zero["ray"])  # a whole Ray node, that of node 0 of the elastic job
+    (alone,) = notes(tmp_path, elastic, 2)  # on the node that is left, without a wait
+    assert alone["ray"] == one["ray"] and alone["KEEL_RENDEZVOUS"] != one["KEEL_RENDEZVOUS"]
+    ray_cluster.start(zero["ray"])
+    if zero["ray"] == first["ray"]:  # node 0 of the other job, too: all are told of another place to meet
+        first, second = notes(tmp_path, name, 2, 4)
+    else:
+        first, second = notes(tmp_path, name, 1, 4)
+    assert first["KEEL_RENDEZVOUS"] == second["KEEL_RENDEZVOUS"] and {first["ray"], second["ray"]} == {"n1", "n2"}
+    _, one = notes(tmp_path, elastic, 2, 2)
+    assert one["ray"] == zero["ray"] and one["KEEL_RENDEZVOUS"] == alone["KEEL_RENDEZVOUS"]
     order(tmp_path, "x", "0")
     until(backend, name, "done")
+    until(backend, elastic, "done")
     said = [line for line in backend._head.logs(name) if " was lost: " in line]
     assert len(said) == 3 and said[0].startswith("keel: warning: node 1 on ") and "2 retries are left" in said[0]
-
-
-def test_an_elastic_job_grows_and_shrinks_with_the_cluster(
-    backend: Ray, ray_cluster: RayCluster, tmp_path: Path
-) -> None:
-    name = backend.submit(job(tmp_path, "x", nodes=1, max_nodes=2, retries=2, cpus=3))
-    first, second = notes(tmp_path, name, 1, 1)
-    assert {first["ray"], second["ray"]} == {"n1", "n2"} and first["KEEL_RENDEZVOUS"] == second["KEEL_RENDEZVOUS"]
-    ray_cluster.kill(first["ray"])
-    (alone,) = notes(tmp_path, name, 2)  # on the node that is left, without a wait
-    assert alone["ray"] == second["ray"]
-    ray_cluster.start(first["ray"])
-    _, second = notes(tmp_path, name, 2, 2)
-    assert second["ray"] == first["ray"]
-    order(tmp_path, "x", "0")
-    until(backend, name, "done")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

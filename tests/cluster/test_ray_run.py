@@ -139,8 +139,6 @@ def test_a_run_survives_what_happens_to_a_cluster_bit_for_bit(place: Path, ray_c
     assert [row["index"] for row in read_trace(store)] == [row["index"] for row in read_trace(alone)]
     ended = [status(store, node) for node in (0, 1)]
     assert [(node["phase"], node["exit_code"], node["reason"]) for node in ended] == [("ended", 0, "done")] * 2
-    backend, job = read_job(store)
-    assert any("ok after" in line or "loss" in line for line in backend.logs(job, 0))
 
 
 def place_of(store: Store, node: int) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +92,43 @@ def test_the_language_config_runs(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"{url}: ok after 2 steps, loss ")
 
 
+@pytest.fixture
+def launched() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts processes, and leaves none."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str, **options: Any) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([sys.executable, "-m", "cluster.cli", *words], cwd=ROOT, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(900)
 def test_a_dead_run_is_told_from_a_slow_one_and_ends_when_asked(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launched: Callable[..., subprocess.Popen[bytes]],
 ) -> None:
     """A run under `keel train`: stopped, it is stalled; its launcher killed, no worker is left over, and it is dead; resumed,
     it ends by a request in the store, which is the only way to it."""
     monkeypatch.setenv("KEEL_HEARTBEAT_S", "0.3")
     url = str(tmp_path / "run")
-    command = [
-        sys.executable,
-        "-m",
-        "cluster.cli",
-        "train",
-        "configs/runs/demo_fno.yaml",
-        f"url={url}",
-        f"data.url={data}",
-    ]
-    launcher = subprocess.Popen([*command, *SMALL, "train.max_steps=100000", "checkpoint.every=3"], cwd=ROOT)
-    deadline = time.monotonic() + 120
+    words = ("train", "configs/runs/demo_fno.yaml", f"url={url}", f"data.url={data}")
+    launcher = launched(*words, *SMALL, "train.max_steps=100000", "checkpoint.every=3")
+    deadline = time.monotonic() + 240
     while not Store(url).exists("checkpoints/step-00000003/COMMITTED"):
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
     def told(state: str) -> dict[str, Any]:
         """What `keel status` says once the run is in that state."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while True:
             capsys.readouterr()
             code = cli.main(["status", url, "--json"])
@@ -148,7 +161,7 @@ def test_a_dead_run_is_told_from_a_slow_one_and_ends_when_asked(
     assert "for the case that the run lives" in capsys.readouterr().out
 
     # The old request is not for the new start.
-    again = subprocess.Popen([*command[:3], "resume", url, "train.max_steps=200000"], cwd=ROOT, stderr=subprocess.PIPE)
+    again = launched("resume", url, "train.max_steps=200000", stderr=subprocess.PIPE)
     assert told("running")["attempts"] == 2
     assert cli.main(["cancel", url, "--wait"]) == 0
     assert "cancelled" in capsys.readouterr().out.splitlines()[-1]

@@ -13,7 +13,7 @@ def test_quick_run_of_keel_alone(tmp_path: Path) -> None:
     figures, report = tmp_path / "figures.json", tmp_path / "report.md"
     some = ["--quick", "--library", "keel", "--source", "local", "--case", "windows", "--case", "tokens"]
     command = [*BENCH, *some, "--seconds", "0.1", "--folder", str(tmp_path / "data"), "--json", str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     assert [row["case"] for row in found["rows"]] == [row["case"] for row in found["limits"]] == ["windows", "tokens"]

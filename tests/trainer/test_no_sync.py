@@ -42,7 +42,10 @@ def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
     with torch.device("meta"):
         task = build._task(config)
     optimizer = torch.optim.AdamW(task.network.parameters(), lr=0.1)
-    strategy = SimpleNamespace(masters=lambda: list(task.network.parameters()), named=lambda values: {})
+    device = torch.device("cpu")
+    strategy = SimpleNamespace(
+        root_device=device, loaded=None, masters=lambda: list(task.network.parameters()), named=lambda values: {}
+    )
     store, batch = Store(str(tmp_path)), task.example_batch(4)
     share = SimpleNamespace(accumulation=1, world_size=1, micro=4)
     data = SimpleNamespace(position=0, global_batch=4, share=share, advance=lambda count: None)
@@ -88,7 +91,17 @@ def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
             "MetricsLog",
             "Recovery",
         ),
-        *("Preemption", "SelfCheck", "Checkpoint", "MissedValidation", "Progress", "Ready", "Loggers", "Throughput"),
+        *(
+            "Preemption",
+            "SelfCheck",
+            "Checkpoint",
+            "MissedValidation",
+            "Progress",
+            "Ready",
+            "Loggers",
+            "Throughput",
+            "Heartbeat",
+        ),
     }, "a new callback is shown here, too"
     (check,) = (callback for callback in watch.callbacks if isinstance(callback, SelfCheck))
     check._batch = batch  # kept from the first batch of all, which is read once

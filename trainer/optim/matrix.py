@@ -104,7 +104,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     device = parameter.device if group["capturable"] else "cpu"
-                    state["step"] = torch.zeros((), device=device)
+                    state["step"] = torch.tensor(0.0, device=device)  # whose value a dry run knows
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             if not present:

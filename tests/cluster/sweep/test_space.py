@@ -182,6 +182,7 @@ def test_settings_are_computed(sweep: dict[str, Any]) -> None:
         ({"stop": {"first": 3}, "grid": {"seed": [1]}}, "must be a multiple of train.val_every=0"),
         ({"objective": "val/loss", "grid": {"seed": [1]}}, "needs validation; set train.val_every"),
         ({"objective": "val/loss", "grid": {"seed": [1]}, "settings": {"train.val_every": 9}}, "end before its first validation"),
+        ({"stop": {"first": 4}, "packed": {"stacked": True}, "grid": {"seed": [1]}}, "stop.first has no effect with"),
         ({"base": 3}, "base is required"),
     ],
 )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Sweeps on Ray Tune: real trials, a real cluster, drivers that are really killed; and the traps of Tune, each once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.tune.schedulers import FIFOScheduler
+
+from cluster.sweep.config import load
+from cluster.sweep.expand import expand
+from cluster.sweep.results import read_results
+from cluster.sweep.sweep import Sweep
+from cluster.sweep.tune import Tune, bundles, scheduler
+from datamodules.store import Store
+from tests.helpers.ray import RayCluster
+from tests.helpers.runs import lm_config, tiny_text
+from tests.helpers.slurm import wait_until
+from trainer.records import decode
+
+
+class StopAtOnce(FIFOScheduler):
+    """Stops every trial at its first result."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self.STOP
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_text(str(tmp_path_factory.mktemp("text") / "text"))
+
+
+def sweep_of(folder: Path, data: str, **more: Any) -> dict[str, Any]:
+    base = lm_config(str(folder / "base"), data, max_steps=8, val_every=2)
+    base |= {"diagnostics": {}, "strategy": {"name": "ddp"}, "checkpoint": {"every": 0}}
+    return {
+        "name": "tiny",
+        "url": str(folder / "sweep"),
+        "base": base,
+        "objective": "val/loss",
+        "executor": "ray",
+        **more,
+    }
+
+
+def command(folder: Path, config: dict[str, Any], *words: str) -> list[str]:
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
+    return [sys.executable, "-m", "cluster.cli", "sweep", "run", str(folder / "sweep.yaml"), *words]
+
+
+def drive(folder: Path, config: dict[str, Any], *words: str) -> str:
+    done = subprocess.run(command(folder, config, *words), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def results(config: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    return {row["axes"]["optim.lr"]: row for row in read_results(Store(config["url"]))}
+
+
+def test_a_killed_driver_loses_and_repeats_nothing_and_values_may_be_added(
+    ray_cluster: RayCluster, data: str, tmp_path: Path
+) -> None:
+    """Rows of one and of two nodes; one diverges. `Tuner.restore` would leave the added value out without a word."""
+    config = sweep_of(tmp_path, data, expiry_s=2.0, settings={"resources.nodes": "${round(1 + (nodes - 1))}"})
+    config["zip"] = [{"optim.lr": [1e-3, 2e-3, 1e30], "nodes": [1, 2, 1]}]
+    config["base"]["train"]["grad_clip"] = 0
+    store = Store(config["url"])
+    driver = subprocess.Popen(command(tmp_path, config, "--workers", "1"), stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: store.list("records"), "the first row to end", 200)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = {path: store.read(path) for path in store.list("records")}
+    done = {row["row"] for data in before.values() for row in decode(data)}
+    assert done
+    config["zip"] = [{"optim.lr": [1e-3, 2e-3, 1e30, 4e-3], "nodes": [1, 2, 1, 1]}]
+    drive(tmp_path, config)
+    found = results(config)
+    assert {lr: row["status"] for lr, row in found.items()} == {1e-3: "ok", 2e-3: "ok", 1e30: "diverged", 4e-3: "ok"}
+    assert all(len(Store(found[lr]["url"]).list("attempts")) == 1 for lr in found if found[lr]["row"] in done)
+    lines = [row["row"] for path in store.list("records") for row in decode(store.read(path))]
+    assert sorted(lines) == sorted(set(lines)) and len(lines) == 4
+    hosts = Store(found[2e-3]["url"]).list("status")
+    assert len([path for path in hosts if "node" in path]) >= 2
+
+
+def test_early_stops_one_after_the_other_without_a_dashboard(data: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where Tune ends a trial of Train from outside, its placement group stays, and the next trial waits for ever."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    config = sweep_of(tmp_path, data, grid={"optim.lr": [1e-3, 2e-3]})
+    config["tune"] = {"scheduler": f"{__name__}:StopAtOnce"}
+    config["base"]["train"]["max_steps"] = 2000  # which take far longer than a decision
+    drive(tmp_path, config, "--workers", "1")
+    found = results(config)
+    assert [row["status"] for row in found.values()] == ["pruned", "pruned"]
+    assert all(2 < row["steps"] < 2000 for row in found.values())  # by themselves, at a validation after the first
+    config = sweep_of(
+        tmp_path / "search", data, random={"samples": 2, "axes": {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}}
+    )
+    (tmp_path / "search").mkdir()
+    config["tune"] = {"search": "optuna", "search_options": {"seed": 1}}
+    drive(tmp_path / "search", config)
+    first = results(config)
+    assert len(first) == 2 and all(1e-4 <= lr <= 1e-1 for lr in first)
+    config["random"]["samples"] = 3
+    drive(tmp_path / "search", config)
+    assert len(results(config)) == 3 and first.items() <= results(config).items()
+
+
+def test_what_can_never_fit_is_refused_with_what_there_is(ray_cluster: RayCluster, data: str, tmp_path: Path) -> None:
+    config = sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]}, settings={"resources.processes_per_node": 8})
+    config["base"]["train"]["global_batch"] = 8
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(command(tmp_path, config), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "needs 1 nodes with 8 CPU each; the Ray cluster has" in done.stderr
+    assert not Store(config["url"]).list("claims")
+
+
+def test_a_row_asks_for_all_that_it_needs_at_once(data: str, tmp_path: Path) -> None:
+    """A driver that holds its own CPU while its workers wait for theirs is how sweeps under Train V2 block each other."""
+    config = sweep_of(
+        tmp_path, data, grid={"optim.lr": [1e-3]}, settings={"resources.nodes": 2, "resources.processes_per_node": 2}
+    )
+    table = expand(load(config))
+    sweep = Sweep(table)
+    assert bundles(sweep, table.rows[0]) == [{"CPU": 2.0}, {"CPU": 2.0}]
+
+
+def test_bad_schedulers(data: str, tmp_path: Path) -> None:
+    def options(**tune: Any) -> dict[str, Any]:
+        from cluster.sweep.config import to_dict
+
+        return to_dict(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]}, tune=tune)))
+
+    with pytest.raises(ValueError, match=r"tune\.scheduler=ahsa: choose one of asha, hyperband, median"):
+        scheduler(options(scheduler="ahsa"))
+    with pytest.raises(ValueError, match=r"tune\.scheduler_options: .*unexpected keyword argument 'grace'"):
+        scheduler(options(scheduler="asha", scheduler_options={"grace": 1}))
+    with pytest.raises(ValueError, match=r"no such class"):
+        scheduler(options(scheduler="ray.tune.schedulers:Asha"))
+    with pytest.raises(ValueError, match=r"scheduler_options have no effect without scheduler"):
+        options(scheduler_options={"a": 1})
+    assert type(scheduler(options())).__name__ == "FIFOScheduler"
+    assert Tune(2).workers == 2
