@@ -95,11 +95,11 @@ def raw(model: str, scheme: str, width: int, rate: float, seed: int, data: str) 
     return {**common, **part, "parametrization": scaling}
 
 
-def cells(names: list[str], data: dict[str, str]) -> list[dict[str, Any]]:
-    """All runs, cheap ones first. At the base width both parametrisations are one."""
+def cells(names: list[str], data: dict[str, str], count: int) -> list[dict[str, Any]]:
+    """All runs of the first `count` widths, cheap ones first. At the base width both parametrisations are one."""
     found = []
     for model in names:
-        for place, width in enumerate(MODELS[model]["widths"]):
+        for place, width in enumerate(MODELS[model]["widths"][:count]):
             for scheme in SCHEMES if place else ("standard",):
                 for rate in MODELS[model]["rates"]:
                     for seed in SEEDS:
@@ -188,7 +188,7 @@ def run_missing(missing: list[dict[str, Any]], path: Path, workers: int, minutes
             waiting = [item for item in waiting if item not in ready]
 
 
-def judge(source: str, names: list[str]) -> dict[tuple[str, str], rates.Transfer]:
+def judge(source: str, names: list[str], widest: dict[str, int]) -> dict[tuple[str, str], rates.Transfer]:
     """(model, parametrisation) -> the verdict."""
     found = {}
     for model in names:
@@ -196,6 +196,7 @@ def judge(source: str, names: list[str]) -> dict[tuple[str, str], rates.Transfer
             base = MODELS[model]["widths"][0]
             runs = load(source, where=[f"model={model}"])
             own = load(source, where=[f"model={model}", f"scheme={scheme}"])
+            own = own.keep(own["width"] <= widest[model])
             if scheme != "standard":
                 narrow = load(source, where=[f"model={model}", "scheme=standard", f"width={base}"])
                 own = runs.keep([runs.names.index(name) for name in (*narrow.names, *own.names)])
@@ -294,13 +295,14 @@ def main() -> None:
     arguments.add_argument("--minutes", type=float, default=math.inf, help="start no run after so long")
     arguments.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    arguments.add_argument("--widths", type=int, default=4, choices=(2, 3, 4), help="how many, from the narrowest on")
     for model, url in DATA.items():
         arguments.add_argument(f"--{model}-data", default=url, help=f"data set of the {model} (default: {url})")
     options = arguments.parse_args()
     path = Path(options.out, "records", "cells.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {model: getattr(options, f"{model}_data") for model in DATA}
-    wanted, there = cells(options.models, data), done(path)
+    wanted, there = cells(options.models, data, options.widths), done(path)
     missing = [cell for cell in wanted if cell["run_id"] not in there]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done", flush=True)
     if missing:
@@ -310,7 +312,8 @@ def main() -> None:
             print(f"{left} runs are missing: start again to go on", flush=True)
             raise SystemExit(75)
     records = [there[cell["run_id"]] for cell in wanted]
-    found = judge(str(Path(options.out).resolve()), options.models)
+    widest = {model: MODELS[model]["widths"][options.widths - 1] for model in options.models}
+    found = judge(str(Path(options.out).resolve()), options.models, widest)
     docs = Path(options.docs)
     draw(found, docs / "lr_transfer.png")
     with (docs / "lr_transfer.csv").open("w", newline="") as file:

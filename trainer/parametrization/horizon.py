@@ -46,7 +46,7 @@ class HorizonConfig(VectorsConfig):
 
 
 class Horizon(Part):
-    """Multiplies rates by `rate_factor` of the run's data and batch."""
+    """Multiplies rates by `rate_factor` of the run's data and batch. A run that is resumed for longer keeps its rates."""
 
     config_class: ClassVar[type] = HorizonConfig
     kind: ClassVar[Kind] = "law"
