@@ -1,8 +1,11 @@
-"""The trainability page: what it counts, and what it draws."""
+"""The trainability page: what it counts, what it draws, and that picture, table and page are of one sweep."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +42,13 @@ def test_the_picture_is_drawn(script: ModuleType, tmp_path: Path) -> None:
     kinds = np.arange(64).reshape(8, 8) % 4
     script.draw(axis, axis, np.linspace(2, 6, 64).reshape(8, 8), kinds, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_the_page_counts_what_the_table_holds(script: ModuleType) -> None:
+    with open(RESULTS / "trainability.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["row"] for row in rows}) == 64 * 64
+    page = (RESULTS / "trainability.md").read_text()
+    counts = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", page, flags=re.MULTILINE))
+    assert Counter(row["outcome"] for row in rows) == {name: int(count) for name, count in counts.items() if int(count)}
+    assert (RESULTS / "trainability.png").exists()
