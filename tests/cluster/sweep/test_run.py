@@ -28,6 +28,7 @@ from datamodules.store import Store
 from tests.cluster.sweep.conftest import children
 from tests.helpers.runs import tiny_fields
 from tests.helpers.slurm import SlurmCluster, wait_until
+from trainer.checkpoint.manifest import latest
 from trainer.records import decode, read_attempts, read_record
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +73,7 @@ def test_kills_and_second_drivers_repeat_nothing_and_lose_nothing(
     run = {row.id: Store(table.run_url(row)) for row in table.rows}
     first = drive(start, table, "--executor", "local", "--workers", "2")
     # A worker of a long run is killed: its node starts it again.
-    wait_until(lambda: run[long[0].id].list("checkpoints"), "the long run to save", 400)
+    wait_until(lambda: latest(run[long[0].id].sub("checkpoints")), "the long run to commit a save", 400)
     record = run[long[0].id].read_json("status/node-0.json")
     for worker in children(record["pid"]):
         os.kill(worker, signal.SIGKILL)
