@@ -139,14 +139,24 @@ def _fit(
         layout.data_parallel, layout.data_rank(rank)
     )  # ranks that compute a sample together read it together
     by_name = rules(config, task)
-    fresh = config.weights.url and resume_step is None
-    task.prepare = weights.starting(config.weights, store, strategy.prepare) if fresh else strategy.prepare
+    fresh, begins = config.weights.url and resume_step is None, resume_step or 0
+    task.prepare = strategy.prepare
+    path = None if resume_step is None else checkpoints.join(step_name(resume_step))
+    if fresh and config.weights.state:
+        train = config.train
+        begins = on_rank_zero(
+            lambda: weights.branch_point(config.weights, global_batch=train.global_batch, max_steps=train.max_steps)
+        )
+        strategy.parent = Store(config.weights.url).sub("checkpoints")
+        path = strategy.parent.join(step_name(begins))
+    elif fresh:
+        task.prepare = weights.starting(config.weights, store, strategy.prepare)
     task.optimizers_factory = lambda network: optimizer_and_scheduler(config, network, by_name)
     torch.manual_seed(
         config.seed + layout.data_rank(rank)
     )  # the same parameters everywhere, but each rank's own dropout
 
-    info = {"resumed_from": resume_step or 0, "time": started, **environment()}
+    info = {"resumed_from": begins, "time": started, **environment()}
     if rollback is not None:
         info |= {"rollback": rollback.why, "skip_to": rollback.position}
     elif restarts.count():
@@ -180,7 +190,6 @@ def _fit(
     recovery, preemption, losses = watch.recovery, watch.preemption, watch.losses
     trainer = _trainer(config, accelerator, strategy, watch.callbacks)
     try:
-        path = None if resume_step is None else checkpoints.join(step_name(resume_step))
         trainer.fit(task, datamodule=data, ckpt_path=path)
     finally:
         with contextlib.ExitStack() as stack:  # each is closed even if another fails

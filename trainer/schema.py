@@ -198,6 +198,8 @@ class WeightsConfig:
     `url`: another run, a .safetensors file or its .index.json. `step`: of that run (0: its last). `ema`: its averaged weights.
     `map`: regular expression -> replacement for names in the source; the first that is found changes a name, an empty
     result leaves the tensor out. `strict`: everything must fit; otherwise what does not is reported and left as it is.
+    `state`: a branch of that run: it goes on from the step with all of its state (optimiser, counters, place in the data),
+    while the rates and other settings are those of this config.
     """
 
     url: str = ""
@@ -205,13 +207,16 @@ class WeightsConfig:
     ema: bool = False
     map: dict[str, str] = field(default_factory=dict)
     strict: bool = True
+    state: bool = False
 
     def __post_init__(self) -> None:
         _at_least("step", self.step, 0)
-        if not self.url and (self.step or self.ema or self.map or not self.strict):
-            raise ValueError("step, ema, map and strict have no effect without url; set weights.url")
-        if self.url.endswith((".safetensors", ".json")) and (self.step or self.ema):
-            raise ValueError(f"step and ema choose within a run; {self.url} is a file")
+        if not self.url and (self.step or self.ema or self.map or not self.strict or self.state):
+            raise ValueError("step, ema, map, strict and state have no effect without url; set weights.url")
+        if self.url.endswith((".safetensors", ".json")) and (self.step or self.ema or self.state):
+            raise ValueError(f"step, ema and state are those of a run; {self.url} is a file")
+        if self.state and (self.ema or self.map or not self.strict):
+            raise ValueError("state takes a run's state as it is: leave out ema, map and strict")
 
 
 @dataclass

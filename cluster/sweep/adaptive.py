@@ -1,6 +1,7 @@
-"""What a sweep adds to itself once its table is done: values beyond an optimum at the edge, and runs that tell most.
+"""What a sweep adds to itself once its table is done: values beyond an optimum at the edge, runs that tell most, and the next
+generation of a population.
 
-Both follow from the results alone; the table in the store keeps what was added, with `extra` saying why.
+All follow from the results alone; the table in the store keeps what was added, with `extra` saying why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from cluster.laws.analysis import best_rates
 from cluster.laws.design import Design, best_at
 from cluster.laws.fit import FitError, fit
 from cluster.laws.records import DataProblem, load
+from cluster.sweep import population
 from cluster.sweep.config import SweepConfig
 from cluster.sweep.cost import Rates
 from cluster.sweep.expand import Maker
@@ -56,6 +58,10 @@ class Adaptive:
         self.notes = []
         if any(row.id not in results for row in table.rows):
             return []
+        if self.config.population.every:
+            found, told = population.following(self.config, self.maker, table, results)
+            self.notes += told
+            return self._affordable(table, found)
         found = self._beyond(table, results) if self.config.adaptive.edges else []
         if not found and self.config.adaptive.runs:
             found = self._next(table, results)

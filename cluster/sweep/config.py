@@ -132,6 +132,29 @@ class AdaptiveConfig:
 
 
 @dataclass
+class PopulationConfig:
+    """Population-based training (arXiv:1711.09846) by generations of `every` steps; 0: none. `random` draws the first one.
+
+    After each, up to train.max_steps, the worst `quantile` of the runs go on as branches of one of the best `quantile` (drawn),
+    with each of its values drawn anew with the probability `resample`, else times 0.8 or 1.2 (of a choice: its neighbour); the
+    others go on as they were. Each member of a generation is a run of its own, with its parent's state.
+    """
+
+    every: int = 0
+    quantile: float = 0.25
+    resample: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 0)
+        _at_least("seed", self.seed, 0)
+        if not 0 < self.quantile <= 0.5:
+            raise ValueError(f"quantile={self.quantile}: must lie in (0, 0.5]")
+        if not 0 <= self.resample <= 1:
+            raise ValueError(f"resample={self.resample}: must lie in [0, 1]")
+
+
+@dataclass
 class RandomConfig:
     """`samples` draws of all `axes` together: uniform, log_uniform, int or log_int over [low, high], or choice of a list."""
 
@@ -177,11 +200,12 @@ class SweepConfig:
     packed: PackedConfig = field(default_factory=PackedConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
 
     @property
     def grows(self) -> bool:
         """Whether the sweep adds rows to itself."""
-        return bool(self.adaptive.edges or self.adaptive.runs or self.tune.search)
+        return bool(self.adaptive.edges or self.adaptive.runs or self.tune.search or self.population.every)
 
     @property
     def axes(self) -> list[str]:
@@ -197,6 +221,7 @@ _SECTIONS = {
     "packed": PackedConfig,
     "tune": TuneConfig,
     "adaptive": AdaptiveConfig,
+    "population": PopulationConfig,
 }
 _FREE = ("base", "settings", "grid", "zip")  # hold axes and expressions, which are looked at in `space`
 
@@ -261,6 +286,21 @@ def load(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Swee
     for name in config.axes:
         if name in config.settings:
             raise ConfigError(f"{name} is an axis and a setting; keep one of them")
+    if config.population.every and (
+        config.stop.first
+        or config.tune.scheduler
+        or config.tune.search
+        or config.packed.stacked
+        or config.adaptive.edges
+        or config.adaptive.runs
+        or config.grid
+        or config.zip
+        or not config.random.samples
+    ):
+        raise ConfigError(
+            "population.every: a population is drawn by random and decides itself how its runs go on: give random, and no grid, "
+            "zip, stop, tune, adaptive or packed.stacked"
+        )
     return config
 
 

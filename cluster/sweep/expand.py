@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.laws.sizing import proportions, shape_of
-from cluster.sweep import stopping
+from cluster.sweep import population, stopping
 from cluster.sweep.config import LADDERS, SweepConfig, to_dict
 from cluster.sweep.expressions import evaluate, is_expression, names, ordered
 from cluster.sweep.space import Point, points
@@ -37,8 +37,9 @@ def expand(config: SweepConfig) -> Table:
     table = Table(config.url, config.name, config.base, to_dict(config))
     maker = Maker(config)
     rows: dict[str, Row] = {}
+    more = population.first(config, maker.start) if config.population.every else {}
     for point in points(config) if not config.tune.search else ():  # suggested while the sweep runs
-        row = maker.row(point)
+        row = maker.row(point, more=more)
         known = rows.setdefault(row.id, row)
         if known.axes != row.axes:
             raise ConfigError(
@@ -61,20 +62,21 @@ class Maker:
         self._computed = self._order()
         self._check_names()
 
-    def row(self, point: Point, extra: str = "") -> Row:
-        """The row of a point.
+    def row(self, point: Point, extra: str = "", more: Mapping[str, Any] | None = None) -> Row:
+        """The row of a point; `more`: values that are no axes, over those of the settings.
 
         Raises:
             ConfigError: it makes no run; the message names the point.
         """
         try:
-            return self._row(point, extra)
+            return self._row(point, extra, more or {})
         except ConfigError as error:
             told = ", ".join(f"{name}={value}" for name, value in point.items())
             raise ConfigError(f"row {told}: {error}") from error
 
-    def _row(self, point: Point, extra: str) -> Row:
+    def _row(self, point: Point, extra: str, more: Mapping[str, Any]) -> Row:
         values = {key: value for key, value in self.config.settings.items() if not is_expression(value)}
+        values |= more
         values |= {name: value for name, value in point.items() if _is_key(name)}
         values = {
             key: int(v) if isinstance(v, float) and _whole(self.start, key) and v == int(v) else v

@@ -123,11 +123,11 @@ def _draws(config: SweepConfig) -> list[Point]:
             )
         ((kind, given),) = axis.items()
         rng = np.random.default_rng([config.random.seed, *name.encode()])
-        columns[name] = [_draw(where, kind, given, rng) for _ in range(config.random.samples)]
+        columns[name] = [draw(where, kind, given, rng) for _ in range(config.random.samples)]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _draw(where: str, kind: str, given: Any, rng: np.random.Generator) -> Any:
+def draw(where: str, kind: str, given: Any, rng: np.random.Generator) -> Any:
     if not isinstance(given, list) or not given:
         raise ConfigError(f"{where}.{kind}={given!r}: expected a list")
     if kind == "choice":

@@ -233,7 +233,9 @@ def _inside_worker(inner: Any) -> Any:
                 return self.CONTINUE
             decision = inner.on_trial_result(controller, trial, result)
             if decision == self.PAUSE:
-                raise ValueError(f"tune.scheduler={type(inner).__name__} pauses trials, which a run of Keel cannot be")
+                raise ValueError(
+                    f"tune.scheduler={type(inner).__name__} pauses trials; population: trains in generations"
+                )
             if decision == self.STOP:
                 self.pruned.add(trial.trial_id)
                 value = result.get(inner.metric)

@@ -133,18 +133,30 @@ class Checkpointer:
         return begun
 
     def load(
-        self, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], *, device: torch.device
+        self,
+        step: int,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        device: torch.device,
+        source: Store | None = None,
     ) -> dict[str, Any]:
         """Loads a committed step in place, whatever world and strategy saved it; returns `extra`.
+
+        `source`: the `checkpoints/` of another run, of which this one is a branch: the settings of its optimisers (rates,
+        decay) stay those of `optimizers`.
 
         Raises:
             CheckpointError: not committed, damaged, or made for another network (the tensors are named).
         """
         self.wait()
-        folder = self.store.sub(manifests.step_name(step))
-        manifest = on_rank_zero(lambda: manifests.read_manifest(self.store, step))
+        store = source or self.store
+        folder = store.sub(manifests.step_name(step))
+        manifest = on_rank_zero(lambda: manifests.read_manifest(store, step))
         tensors, running = self._collect(module, optimizers)
         scalars = {name: value for name, value in running.items() if states.is_state(name)}
+        if source is not None:
+            scalars = {name: value for name, value in scalars.items() if not states.is_setting(name)}
         mine = f"{states.RNG}{rank():05d}"
         loading.check_compatible(manifest, tensors, scalars, folder.url)
         same_world = manifest["world_size"] == world_size()

@@ -70,6 +70,11 @@ def is_state(name: str) -> bool:
     return name.rpartition(".")[2] not in _EXECUTION
 
 
+def is_setting(name: str) -> bool:
+    """Whether a scalar comes from the config (a rate, a decay) rather than from training."""
+    return ".param_groups." in name
+
+
 def _named_state(optimizers: list[torch.optim.Optimizer]) -> Any:
     return getattr(optimizers[0], "named_state", None) if optimizers else None
 

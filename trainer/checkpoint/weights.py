@@ -69,6 +69,30 @@ def starting(
     return prepared
 
 
+def branch_point(config: WeightsConfig, *, global_batch: int, max_steps: int) -> int:
+    """The committed step of another run that one with `weights.state` goes on from. Not collective.
+
+    Raises:
+        CheckpointError: there is none, it was saved with another batch, or nothing is left to be done after it.
+    """
+    checkpoints = Store(config.url).sub("checkpoints")
+    step = config.step or manifests.latest(checkpoints)
+    if step is None:
+        raise CheckpointError(f"weights.url={config.url}: no committed checkpoint there")
+    manifest = manifests.read_manifest(checkpoints, step)
+    batch = manifest["config"]["train"]["global_batch"]
+    if batch != global_batch:
+        raise CheckpointError(
+            f"weights.state: {config.url} was trained with train.global_batch={batch}, not {global_batch}, so that its steps "
+            "do not say where in the data it is"
+        )
+    if step >= max_steps:
+        raise CheckpointError(
+            f"weights.state: the run goes on from step {step} of {config.url}, but train.max_steps={max_steps}"
+        )
+    return step
+
+
 def load_into(config: WeightsConfig, network: nn.Module) -> Report:
     """Fills a network, sharded or not, from a run's checkpoint or a safetensors file. Collective.
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
+from datamodules.store import Store
 from trainer.checkpoint import Checkpointer, CorruptCheckpoint, step_name
 from trainer.distributed import world_size
 from trainer.schema import TrainConfig
@@ -30,6 +31,7 @@ class Checkpointed(ParallelStrategy):
     checkpointer: Checkpointer
     on_loaded: Callable[[int], None] = staticmethod(lambda step: None)  # told which step was really loaded
     loaded: int | None = None  # that step
+    parent: Store | None = None  # the checkpoints of another run, which a fresh one branches off from
     train_config: TrainConfig = TrainConfig()  # set by `strategies.build`
     defers_initialisation: ClassVar[bool] = False  # whether `prepare` takes networks of `deferred.record`
 
@@ -116,9 +118,13 @@ class Checkpointed(ParallelStrategy):
         step = int(str(checkpoint_path).rstrip("/").rpartition("-")[2])
         while True:
             try:
-                extra = self.checkpointer.load(step, self.lightning_module, self.optimizers, device=self.root_device)
+                extra = self.checkpointer.load(
+                    step, self.lightning_module, self.optimizers, device=self.root_device, source=self.parent
+                )
                 break
             except CorruptCheckpoint as error:  # on all ranks alike
+                if self.parent is not None:
+                    raise
                 previous = self.checkpointer.latest(before=step)
                 if previous is None:
                     raise
@@ -126,6 +132,10 @@ class Checkpointed(ParallelStrategy):
                 step = previous
         self.loaded = step
         self.on_loaded(step)
+        if self.parent is not None:
+            running = self.lightning_module.trainer.lr_scheduler_configs
+            for saved, config in zip(extra["lr_schedulers"], running, strict=True):
+                saved["base_lrs"] = list(config.scheduler.base_lrs)
         _fit_counters(extra["loops"]["fit_loop"], step, self.lightning_module.trainer.accumulate_grad_batches)
         return {**extra, "state_dict": {}, "optimizer_states": []}
 
