@@ -71,7 +71,7 @@ def losses(store: Store) -> dict[int, float]:
 
 @pytest.mark.timeout(600)
 def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: SlurmCluster) -> None:
-    store, job = submit(place, "nodes=2", "time=1m")
+    store, job = submit(place, "nodes=2", "time=10m")
 
     def training(attempt: int) -> int:
         """Waits until that attempt has trained; returns the step it resumed from."""
@@ -85,6 +85,11 @@ def test_a_run_survives_what_slurm_does_to_it_bit_for_bit(place: Path, slurm: Sl
 
     resumed = [training(1)]
     # The time limit: told before it, saved, queued again.
+
+    run_time = next(word for word in slurm.call("scontrol", "show", "job", "-o", job).split() if "RunTime=" in word)
+    *_, minutes, seconds = (int(part) for part in run_time.removeprefix("RunTime=").split(":"))
+    limit = minutes + 1 + (seconds > 30)  # the first one that leaves time for a save
+    slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
     def told() -> bool:
         slurm.wait(job, "running", "queued")

@@ -19,6 +19,7 @@ from cluster.sweep.results import read_results
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.tune import Tune, bundles, scheduler
 from datamodules.store import Store
+from tests.cluster.sweep.conftest import children
 from tests.helpers.ray import RayCluster
 from tests.helpers.runs import lm_config, tiny_text
 from tests.helpers.slurm import wait_until
@@ -91,6 +92,34 @@ def test_a_killed_driver_loses_and_repeats_nothing_and_values_may_be_added(
     assert sorted(lines) == sorted(set(lines)) and len(lines) == 4
     hosts = Store(found[2e-3]["url"]).list("status")
     assert len([path for path in hosts if "node" in path]) >= 2
+
+
+def test_a_killed_ray_head_loses_and_repeats_nothing(data: str, tmp_path: Path, monkeypatch: Any) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "3")
+    config = sweep_of(tmp_path, data, expiry_s=2.0, grid={"optim.lr": [1e-3, 2e-3, 3e-3]})
+    store = Store(config["url"])
+    driver = subprocess.Popen(
+        command(tmp_path, config, "--workers", "1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_until(lambda: store.list("records"), "the first row to end", 200)
+        (head,) = [pid for pid in children(driver.pid) if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(head, signal.SIGKILL)
+        said = driver.communicate(timeout=200)[1]
+    finally:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+    assert driver.returncode != 0, said
+    done = {row["row"] for path in store.list("records") for row in decode(store.read(path))}
+    assert 1 <= len(done) < 3
+    drive(tmp_path, config, "--workers", "1")
+    found = results(config)
+    assert {lr: row["status"] for lr, row in found.items()} == {1e-3: "ok", 2e-3: "ok", 3e-3: "ok"}
+    assert all(len(Store(row["url"]).list("attempts")) == 1 for row in found.values() if row["row"] in done)
+    lines = [row["row"] for path in store.list("records") for row in decode(store.read(path))]
+    assert sorted(lines) == sorted(set(lines)) and len(lines) == 3
 
 
 def test_early_stops_one_after_the_other_without_a_dashboard(data: str, tmp_path: Path, monkeypatch: Any) -> None:
