@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from cluster.commands.common import add_command, add_overrides, add_url, number, open_run, print_table
 from cluster.commands.fit import add_source_options, columns_of, options, read
+
+if TYPE_CHECKING:
+    from cluster.laws.records import Runs
 
 CALIBRATION = ".keel/calibration"
 PREDICTION = "prediction.json"
@@ -106,7 +111,8 @@ def plan(args: argparse.Namespace) -> int:
         wanted = chosen.batch if chosen.batch is not None else base.get("train", {}).get("global_batch", 16)
         spent = made.per_pair * chosen.n * chosen.d
         base = {**base, "url": store.join("run"), "name": store.url.rstrip("/").rpartition("/")[2]}
-        made_config = sized(base, chosen.n, lambda n: spent / made.per_pair / n, wanted, chosen.lr, args.overrides)
+        more = [*([] if args.config else _depth(runs, base)), *args.overrides]
+        made_config = sized(base, chosen.n, lambda n: spent / made.per_pair / n, wanted, chosen.lr, more)
         at_size(made, chosen, made_config.n, made_config.d)
         chosen.batch = made_config.batch
         chosen.lr = getattr(made_config.config.optim, "lr", chosen.lr)
@@ -119,12 +125,15 @@ def plan(args: argparse.Namespace) -> int:
         written = to_yaml(made_config.config)
     elif args.overrides:
         raise ValueError("overrides need a config to change: give --config")
-    if not store.create(PREDICTION, _json(registration(made, chosen, about))):
-        raise ValueError(
-            f"{store.join(PREDICTION)} is there already, and a registered prediction is not changed: choose another --out"
-        )
-    if written is not None:
+    refusal = (
+        f"{store.join(PREDICTION)} is there already, and a registered prediction is not changed: choose another --out"
+    )
+    if store.exists(PREDICTION):
+        raise ValueError(refusal)
+    if written is not None:  # first: a prediction without its run could not be made good
         store.write("run.yaml", written.encode())
+    if not store.create(PREDICTION, _json(registration(made, chosen, about))):
+        raise ValueError(refusal)
     _show(chosen)
     for text in (*chosen.notes, *(f"warning: {warning}" for warning in made.warnings)):
         print(text)
@@ -133,6 +142,14 @@ def plan(args: argparse.Namespace) -> int:
     if written is not None:
         print(f"start it with: keel train {store.join('run.yaml')}, then: keel score {store.join('run')}")
     return 0
+
+
+def _depth(runs: Runs, base: Mapping[str, Any]) -> list[str]:
+    """The depth of the planned run where all that were fitted have the same: a law over widths says nothing of others."""
+    depths = set(runs["depth"]) if "depth" in runs else set()
+    if len(depths) != 1 or not math.isfinite(depth := depths.pop()) or "depth" not in (base.get("model") or {}):
+        return []
+    return [f"model.depth={depth:.0f}"]
 
 
 def _has_law(base: dict[str, Any] | None, args: argparse.Namespace) -> bool:

@@ -84,12 +84,7 @@ class Analysis:
     def best(self) -> Allocation | None:
         """The compute-optimal choice at the target by the primary fit."""
         found = self.primary
-        return None if found is None or not plannable(found) else allocate(found.values, self.target, self.per_pair)
-
-
-def plannable(found: Fit) -> bool:
-    """Whether a law has a compute-optimal N and D."""
-    return found.form in ("chinchilla", "tied") and all(found.values[k] > 0 for k in ("alpha", "A", "B"))
+        return None if found is None or not found.plannable else allocate(found.values, self.target, self.per_pair)
 
 
 def analyse(runs: Runs, options: Options | None = None) -> Analysis:
@@ -251,7 +246,7 @@ def _optima(made: Analysis, options: Options) -> None:
 
 def _spread(made: Analysis) -> None:
     found = made.fits.get("chinchilla")
-    if found is None or not plannable(found):
+    if found is None or not found.plannable:
         return
     thetas = made.thetas if found is made.primary and made.thetas is not None else uncertainty.pairs(found, 500)
     extra = {} if made.iso is None else {"approach 2": made.iso.optimum(made.target)}

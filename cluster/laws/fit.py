@@ -70,6 +70,11 @@ class Fit:
         return {name: float(value[0]) for name, value in self.law.natural(self.theta[None]).items()}
 
     @property
+    def plannable(self) -> bool:
+        """Whether the law has a compute-optimal N and D."""
+        return self.form in ("chinchilla", "tied") and all(self.values[name] > 0 for name in ("alpha", "A", "B"))
+
+    @property
     def residuals(self) -> Array:
         """log of predicted over observed loss [n]."""
         return self.law.evaluate(self.theta[None])[0][0] - np.log(self.loss)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.laws.allocation import Allocation, allocate, interval, regret, with_inference
-from cluster.laws.analysis import Analysis, loss_interval, plannable
+from cluster.laws.analysis import Analysis, loss_interval
 from cluster.laws.records import DataProblem
 from trainer.parametrization.horizon import LR_BATCH, LR_HORIZON, rate_factor
 
@@ -75,7 +75,7 @@ def plan(made: Analysis, asked: Asked) -> Plan:
         DataProblem: no law that has a compute-optimal point was fitted.
         ValueError: an impossible budget or device.
     """
-    found = next((item for item in made.fits.values() if plannable(item)), None)
+    found = next((item for item in made.fits.values() if item.plannable), None)
     if found is None:
         raise DataProblem("a plan needs a fit of chinchilla or tied: runs with varied n and d; see `keel fit`")
     best = allocate(found.values, asked.budget, made.per_pair)

@@ -30,7 +30,7 @@ def sized(
     """A config like `base` with about `n` parameters that sees about `d(actual parameters)` tokens or samples.
 
     Width grows in whole heads where the model has heads, and depth with it, so that heads and aspect ratio stay; a model
-    without heads grows in width alone. Warm-up, decay and the time between validations keep their parts of the run.
+    without heads, or whose model.depth is given in `more`, grows in width alone. Warm-up, decay and the time between validations keep their parts of the run.
 
     Args:
         base: raw config of a run.
@@ -44,7 +44,8 @@ def sized(
         ConfigError: a model without a width, or an invalid config.
     """
     start = load(base, more)
-    shape = [f"{key}={value}" for key, value in shape_of(start, n).items()]
+    deep = any(word.startswith("model.depth=") for word in more)
+    shape = [f"{key}={value}" for key, value in shape_of(start, n, deeper=not deep).items()]
     measured, per_sample = measure(load(base, [*shape, *more]))
     world = start.resources.world_size * (start.train.micro_batch or 1)
     given = any(word.startswith("train.global_batch=") for word in more)
@@ -76,8 +77,9 @@ def proportions(start: RunConfig, steps: float) -> dict[str, int]:
     return found
 
 
-def shape_of(start: RunConfig, n: float) -> dict[str, int]:
-    """Width (heads, depth) of the model, by their keys, with which its parameter count is nearest to `n` in logarithm.
+def shape_of(start: RunConfig, n: float, *, deeper: bool = True) -> dict[str, int]:
+    """Width (heads, depth) of the model, by their keys, with which its parameter count is nearest to `n` in logarithm;
+    `deeper`: the depth of a model with heads may change.
 
     Raises:
         ConfigError: a model without a width, or none that comes near.
@@ -103,7 +105,7 @@ def shape_of(start: RunConfig, n: float) -> dict[str, int]:
         return found
 
     def layers_of(count: int) -> int | None:
-        if not isinstance(heads, int) or not isinstance(depth, int):
+        if not deeper or not isinstance(heads, int) or not isinstance(depth, int):
             return None
         return max(1, round(depth * count / heads))
 

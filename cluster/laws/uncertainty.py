@@ -108,7 +108,7 @@ def influence(found: Fit, flops: float, per_pair: float = 6.0) -> Influence:
     """Refits without each run in turn; shifts are of ln N* at `flops` (exponents for laws without an optimum)."""
     count = len(found.loss)
     thetas = found.refit(1.0 - np.eye(count))
-    if {"A", "B", "alpha"} <= set(found.values):
+    if found.plannable:
         base = math.log(allocate(found.values, flops, per_pair).n)
         shift = np.log(allocate(found.law.natural(thetas), flops, per_pair).n) - base
     else:
@@ -119,11 +119,9 @@ def influence(found: Fit, flops: float, per_pair: float = 6.0) -> Influence:
 
 def bands(found: Fit, thetas: Array, level: float = 0.95) -> dict[str, dict[str, Any]]:
     """Each natural parameter with its standard error and interval over resamples [S, P]."""
-    samples = found.law.natural(thetas)
-    if {"alpha", "beta"} <= set(samples):
+    samples, values = found.law.natural(thetas), dict(found.values)
+    if found.plannable and "beta" in samples:
         samples["a"] = samples["beta"] / (samples["alpha"] + samples["beta"])
-    values = dict(found.values)
-    if "a" in samples and "alpha" in values and "beta" in values:
         values["a"] = values["beta"] / (values["alpha"] + values["beta"])
     return {
         name: {"value": values[name], "se": float(np.std(sample, ddof=1)), "interval": interval(sample, level)}

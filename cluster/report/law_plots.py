@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from cluster.laws.allocation import allocate
-from cluster.laws.analysis import Analysis, plannable
+from cluster.laws.analysis import Analysis
 from cluster.laws.fit import Fit
 from cluster.laws.optimise import Array
 from cluster.laws.rates import Cell, Transfer
@@ -85,7 +85,7 @@ def isoflop_curves(made: Analysis) -> str:
 def optima(made: Analysis) -> str:
     """Best size against compute: optima of budgets with their errors, approach 2's line and approach 3's band."""
     found = made.primary
-    law = found if found is not None and plannable(found) else None
+    law = found if found is not None and found.plannable else None
     if made.iso is None and law is None:
         return ""
     flops = [budget.flops for budget in made.iso.good] if made.iso else []

@@ -13,9 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from cluster.launch import PARENT_PID, available_cores
+from cluster.launch import EXIT_USER_ERROR, PARENT_PID, available_cores
 from cluster.launch.code import ROOT
 from cluster.sweep.results import failed, of_record
 from cluster.sweep.sweep import Sweep
@@ -51,29 +51,16 @@ class Packed:
 
     def run(self, sweep: Sweep, rows: Sequence[Row]) -> None:
         if self.workers > 1 and len(rows) > 1:
-            self._share(sweep)
+            share(sweep, self.workers, lambda count: self._drivers(sweep, count))
         else:
             self._work(sweep, rows)
 
     # --------------------------------------------------------------------------------------------------------- sharing
-    def _share(self, sweep: Sweep) -> None:
-        """Starts drivers until nothing is left that one of them could claim."""
-        left = len(sweep.missing())
-        for _ in range(2 + len(sweep.table.rows)):
-            codes = self._drivers(sweep, min(self.workers, left))
-            held = sweep.claims.held()
-            left = sum(row.id not in held for row in sweep.missing())
-            if sweep.over or not left or all(code == 0 for code in codes):
-                return
-            if any(code == 2 for code in codes):  # it has said why
-                raise ValueError("a driver of packed rows could not go on")
-
     def _drivers(self, sweep: Sweep, count: int) -> list[int]:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // count))
         env = {**os.environ, "PYTHONPATH": path, PARENT_PID: str(os.getpid()), "OMP_NUM_THREADS": threads}
-        words = [sys.executable, "-P", "-m", "cluster.sweep.drive", sweep.table.url, "--executor", "packed"]
-        words += ["--workers", "1", *(["--retry"] if sweep.retry else [])]
+        words = [sys.executable, *driver_words(sweep)]
         drivers = [
             subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True, env=env) for _ in range(count)
         ]
@@ -169,6 +156,29 @@ class Packed:
             return True
         sweep.add([failed(row, error)])
         return True
+
+
+def share(sweep: Sweep, workers: int, drivers: Callable[[int], list[int]]) -> None:
+    """Starts drivers, at most `workers` at once, until nothing is left that one of them could claim.
+
+    Args:
+        drivers: starts so many, waits for them, and gives their exit codes.
+    """
+    left = len(sweep.missing())
+    for _ in range(2 + len(sweep.table.rows)):
+        codes = drivers(min(workers, left))
+        held = sweep.claims.held()
+        left = sum(row.id not in held for row in sweep.missing())
+        if sweep.over or not left or all(code == 0 for code in codes):
+            return
+        if any(code == EXIT_USER_ERROR for code in codes):  # it has said why
+            raise ValueError("a driver of packed rows could not go on")
+
+
+def driver_words(sweep: Sweep) -> list[str]:
+    """The words after `python` of a driver that does packed rows one after the other."""
+    words = ["-P", "-m", "cluster.sweep.drive", sweep.table.url, "--executor", "packed", "--workers", "1"]
+    return [*words, *(["--retry"] if sweep.retry else [])]
 
 
 @contextlib.contextmanager

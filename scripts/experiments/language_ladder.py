@@ -25,12 +25,11 @@ import numpy as np
 
 from cluster.sweep.results import read_results
 from datamodules.store import Store
-from trainer.checkpoint import latest
 from trainer.records import read_record
 
 NAME = "language_ladder"
 CONFIG = f"configs/sweeps/{NAME}.yaml"
-TIMES = 4  # the predicted run's budget over the largest of the fit
+TIMES = 5  # the predicted run's budget over the largest of the fit: at least 4 after rounding to whole sizes
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
         keel("plan", str(sweep), "--budget", f"{target:g}", "--out", str(plan), "--lr", str(rate), "--batch", "8")
     run = Store(str(plan / "run"))
     if not run.exists("record.jsonl") or read_record(run)["status"] != "ok":
-        begun = latest(run.sub("checkpoints")) is not None
+        begun = run.exists("config.yaml")
         keel(*(("resume", run.url) if begun else ("train", str(plan / "run.yaml"))))
     keel("score", run.url, "--log", str(folder / "calibration"), codes=(0, 1))
     document(folder, rows, time.monotonic() - started)
@@ -62,7 +61,11 @@ def document(folder: Path, rows: list[dict[str, Any]], seconds: float) -> None:
     """The page, its table and its figure."""
     fit, prediction = read(folder / "fit" / "fit.json"), read(folder / "plan" / "prediction.json")
     record = read_record(Store(str(folder / "plan" / "run")))
-    (entry,) = (read(path) for path in (folder / "calibration").glob("*.json"))
+    entry = max((read(path) for path in (folder / "calibration").glob("*.json")), key=lambda entry: entry["time"])
+    if entry.get("actual") is None:
+        raise SystemExit(
+            f"the predicted run ended as {record['status']}: there is nothing to score, see {record['url']}"
+        )
     columns = [
         "row",
         "budget",

@@ -195,11 +195,10 @@ def judge(source: str, names: list[str], widest: dict[str, int]) -> dict[tuple[s
         for scheme in SCHEMES:
             base = MODELS[model]["widths"][0]
             runs = load(source, where=[f"model={model}"])
-            own = load(source, where=[f"model={model}", f"scheme={scheme}"])
-            own = own.keep(own["width"] <= widest[model])
-            if scheme != "standard":
-                narrow = load(source, where=[f"model={model}", "scheme=standard", f"width={base}"])
-                own = runs.keep([runs.names.index(name) for name in (*narrow.names, *own.names)])
+            own = np.array([name.split("/")[1] == scheme for name in runs.text["run_id"]])
+            if scheme != "standard":  # at the base width the two are one
+                own |= runs["width"] == base
+            own = runs.keep(own & (runs["width"] <= widest[model]))
             found[model, scheme] = rates.transfer(rates.cells(own, "width"))
     return found
 
