@@ -34,7 +34,7 @@ def gradients(settled: bool) -> list[bool]:
 
 
 def test_the_first_step_after_a_resume_adds_in_the_same_order() -> None:
-    found = run_distributed(both, 3, preload=("torch",))
+    found = run_distributed(both, 3)
     assert all(all(equal) for _, equal in found)
     assert not all(all(equal) for equal, _ in found), (
         "torch lays out gradients alike by itself now: settle_buckets can go"

@@ -25,7 +25,6 @@ from trainer.run import fit
 from trainer.strategies import blocks, precision
 from trainer.strategies.clipping import clip_by_global_norm
 
-PRELOAD = ("tests.trainer.test_sharding",)
 CONFIG = {"fno": fno_config, "lm": lm_config}
 HARD = ["model.tie_embeddings=true", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"]
 MUP = {
@@ -111,7 +110,7 @@ def done(data, tmp_path_factory) -> dict[str, Any]:
     adamw = {"name": "adamw", "lr": 0.01, "weight_decay": 0.1}
     alone.append(run(found["whole"], data, "lm", 1, DDP, steps=2 * len(CHAIN), optim=adamw))
     prepare_new(configs.load(configs.to_dict(alone[-1]) | {"url": found["chain"]}))
-    run_distributed(session, 1, alone, "", preload=PRELOAD)
+    run_distributed(session, 1, alone, "")
     position = 0
     while position < len(CHAIN):
         world = CHAIN[position][0]
@@ -124,7 +123,7 @@ def done(data, tmp_path_factory) -> dict[str, Any]:
             hops.append([f"resources.processes_per_node={world}", *CHAIN[position][1], steps])
             position += 1
         first_data = data if first else None
-        results = run_distributed(session, world, fresh, found["chain"], hops, first_data, timeout=240, preload=PRELOAD)
+        results = run_distributed(session, world, fresh, found["chain"], hops, first_data, timeout=240)
         if first:
             found[world] = results
     return found | {name: str(folder / name) for name in (*references, *PARITY)}
