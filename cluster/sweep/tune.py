@@ -288,7 +288,7 @@ def _searcher(sweep: Sweep, source: Source, board: str) -> Any:
             return {
                 "run": sweep.table.run_url(row),
                 "command": sweep.job(row),
-                "environment": {**sweep.environment(row), **tune_trial.JUDGED, **_threads(row)},
+                "environment": environment(sweep, row),
                 "nodes": row.nodes,
                 "bundles": bundles(sweep, row),
                 "board": board,
@@ -320,8 +320,13 @@ def _searcher(sweep: Sweep, source: Source, board: str) -> Any:
     return Rows()
 
 
-def _threads(row: Row) -> dict[str, str]:
-    return {} if row.threads else {"OMP_NUM_THREADS": "1"}
+def environment(sweep: Sweep, row: Row) -> dict[str, str]:
+    """What the workers of a row find in their environment. Where Tune is to hear of each validation, its judge asks that of
+    the sweep's `stop` section in turn."""
+    found = {**sweep.environment(row), **({} if row.threads else {"OMP_NUM_THREADS": "1"})}
+    if sweep.options["tune"]["scheduler"] or sweep.options["tune"]["search"]:
+        found |= tune_trial.JUDGED
+    return found
 
 
 def _placement(config: dict[str, Any]) -> Any:

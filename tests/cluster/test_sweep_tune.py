@@ -13,16 +13,18 @@ import pytest
 import yaml
 from ray.tune.schedulers import FIFOScheduler
 
-from cluster.sweep.config import load
+from cluster.sweep.config import load, to_dict
 from cluster.sweep.expand import expand
 from cluster.sweep.results import read_results
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.tune import Tune, bundles, scheduler
+from cluster.sweep.tune import Tune, bundles, environment, scheduler
+from cluster.sweep.tune_trial import judge
 from datamodules.store import Store
 from tests.cluster.sweep.conftest import children
 from tests.helpers.ray import RayCluster
 from tests.helpers.runs import lm_config, tiny_text
 from tests.helpers.slurm import wait_until
+from trainer.callbacks.pruning import JUDGE, JUDGE_SETTINGS
 from trainer.records import decode
 
 
@@ -165,10 +167,36 @@ def test_a_row_asks_for_all_that_it_needs_at_once(data: str, tmp_path: Path) -> 
     assert bundles(sweep, table.rows[0]) == [{"CPU": 2.0}, {"CPU": 2.0}]
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_the_stop_section_is_asked_under_ray_too(data: str, tmp_path: Path, monkeypatch: Any, search: bool) -> None:
+    """By itself, and by the judge that tells a searcher of each validation."""
+    axes = {"grid": {"optim.lr": [1e-3, 2e-3]}}
+    if search:
+        axes = {"random": {"samples": 2, "axes": {"optim.lr": {"choice": [1e-3]}}}, "tune": {"search": "optuna"}}
+    table = expand(load(sweep_of(tmp_path, data, stop={"first": 2, "factor": 2}, grid={"optim.lr": [1e-3, 2e-3]})))
+    table.sweep = to_dict(load(sweep_of(tmp_path, data, stop={"first": 2, "factor": 2}, **axes)))
+    sweep = Sweep(table)
+    found = [environment(sweep, row) for row in table.rows]
+    if not search:
+        assert all(one[JUDGE] == "cluster.sweep.stopping:halving" for one in found)
+        return
+    said = []
+    for row, one in zip(table.rows, found, strict=True):
+        assert one[JUDGE] == "cluster.sweep.tune_trial:judge"
+        monkeypatch.setenv(JUDGE_SETTINGS, one[JUDGE_SETTINGS])
+        run = Store(table.run_url(row))
+        said.append(judge(run, 2, {"val/loss": 1.0 + len(said)}))
+        assert run.list("reports")
+    assert said[0] is None and said[1] == "val/loss=2 at step 2: 1 of 2 runs were better"
+
+
+def test_no_judge_where_nobody_asks(data: str, tmp_path: Path) -> None:
+    table = expand(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]})))
+    assert JUDGE not in environment(Sweep(table), table.rows[0])
+
+
 def test_bad_schedulers(data: str, tmp_path: Path) -> None:
     def options(**tune: Any) -> dict[str, Any]:
-        from cluster.sweep.config import to_dict
-
         return to_dict(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]}, tune=tune)))
 
     with pytest.raises(ValueError, match=r"tune\.scheduler=ahsa: choose one of asha, hyperband, median"):
