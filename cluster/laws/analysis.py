@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +55,7 @@ class Analysis:
         thetas: pairs-bootstrap parameters of the primary fit [S, P]; `block_thetas` over budgets; `noise_thetas` under the
             noise of the seeds, where cells have three or more.
         target, per_pair: FLOPs to extrapolate to, and k of C = k N D.
-        transfers: axis -> verdict; `boundaries`: axis -> stability boundary.
+        transfers: axis -> verdict; `boundaries`: axis -> stability boundaries, by the values of the other axes in words.
     """
 
     runs: Runs
@@ -69,8 +71,8 @@ class Analysis:
     iso: IsoFlop | None = None
     floor: dict[str, float | bool] | None = None
     tails: dict[str, float] = field(default_factory=dict)
-    transfers: dict[str, rates.Transfer] = field(default_factory=dict)
-    boundaries: dict[str, rates.Boundary] = field(default_factory=dict)
+    transfers: dict[str, rates.Verdict] = field(default_factory=dict)
+    boundaries: dict[str, dict[str, rates.Boundary]] = field(default_factory=dict)
     sensitivity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed_noise: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -262,31 +264,76 @@ def _spread(made: Analysis) -> None:
 
 
 def _rates(made: Analysis, options: Options) -> None:
-    runs = made.runs
-    if "lr" not in runs or len(np.unique(runs["lr"])) < 3:
+    if "lr" not in made.runs or len(np.unique(made.runs["lr"])) < 3:
         return
+    runs = rates.evidence(made.runs)
+    made.warnings += runs.warnings
     varied = [a for a in RATE_AXES if a in runs and len(np.unique(runs[a])) > 1]
     for axis in varied:
-        # Depth that goes with width parts no cells; what varies at one width does.
-        others = [a for a in RATE_AXES[:-1] if a in varied and a != axis] if axis != "n" else []
+        skipped: list[str] = []
         try:
-            found = rates.cells(runs, axis, others, initial_loss=options.initial_loss)
-            made.transfers[axis] = rates.transfer(found)
+            others = parting(runs, axis, varied)
+            found = rates.cells(runs, axis, others, initial_loss=options.initial_loss, skipped=skipped)
+            made.transfers[axis] = rates.verdict(found)
         except DataProblem as error:
             made.failed[f"rates over {axis}"] = str(error)
+            told = "".join(f"; left out, {text}" for text in skipped)
+            made.warnings.append(f"no verdict on learning rates over {axis}: {error}{told}")
             continue
+        if skipped:
+            made.warnings.append(f"learning rates over {axis}: left out, {'; '.join(skipped)}")
+        if alone := made.transfers[axis].alone:
+            made.warnings.append(f"learning rates over {axis}: no verdict where there is one size: {'; '.join(alone)}")
+        _boundaries(made, axis, found)
+        _sensitivity(made, found)
+
+
+def parting(runs: Runs, axis: str, varied: Sequence[str]) -> list[str]:
+    """The axes in which cells of `axis` must be alike to be compared. One that goes with `axis`, as depth goes with width in
+    a ladder of models, is a part of it."""
+    length = "horizon" if "horizon" in runs else "d"
+    sizes = [a for a in ("width", "depth") if a in varied] or ["n"]
+    known = [length, "batch"] if axis == "n" else [*sizes, length, "batch"]
+    return [other for other in known if other != axis and other in runs and not _goes_with(runs[axis], runs[other])]
+
+
+def _goes_with(axis: Array, other: Array) -> bool:
+    """Whether `other` has one value at each of `axis`, and rises or falls with it or has another one at each."""
+    places = [np.unique(other[axis == value]) for value in np.unique(axis[np.isfinite(axis)])]
+    if any(len(values) > 1 for values in places):
+        return False
+    steps = np.diff([values[0] for values in places])
+    return bool((steps >= 0).all() or (steps <= 0).all()) or len(np.unique(other)) == len(places)
+
+
+def _boundaries(made: Analysis, axis: str, found: Sequence[rates.Cell]) -> None:
+    for group, part in rates.grouped(found).items():
         try:
-            made.boundaries[axis] = rates.boundary(found)
+            made.boundaries.setdefault(axis, {})[group] = rates.boundary(part)
         except DataProblem as error:
-            made.failed[f"stability boundary over {axis}"] = str(error)
-        for cell in found:
-            initial = options.initial_loss or float(np.max(cell.loss[np.isfinite(cell.loss)]))
-            made.sensitivity[cell.name] = {
-                "S": rates.sensitivity(cell.loss, initial),
-                "clipped_at": initial,
-                "grid": cell.lr.tolist(),
-                "usable_decades": rates.usable_decades(cell.lr, cell.loss),
-            }
+            at = f"{axis} at {group}" if group else axis
+            made.failed[f"stability boundary over {at}"] = str(error)
+            made.warnings.append(f"no stability boundary over {at}: {error}")
+
+
+def _sensitivity(made: Analysis, found: Sequence[rates.Cell]) -> None:
+    guessed = []
+    for cell in found:
+        initial = cell.initial
+        if math.isnan(initial):
+            initial = float(np.max(cell.loss[np.isfinite(cell.loss)]))
+            guessed += [cell.name] if cell.diverged.any() else []
+        made.sensitivity[cell.name] = {
+            "S": rates.sensitivity(cell.loss, initial),
+            "clipped_at": initial,
+            "grid": cell.lr.tolist(),
+            "usable_decades": rates.usable_decades(cell.lr, cell.loss),
+        }
+    if guessed:
+        made.warnings.append(
+            "sensitivity S counts diverged runs at the worst loss of their cell, as the loss before training is not known (give "
+            f"--initial-loss, or a column initial_loss): {'; '.join(guessed)}"
+        )
 
 
 def loss_interval(made: Analysis, n: float, d: float, level: float = _LEVEL) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cluster.laws.allocation import Allocation, allocate, interval, regret, with_inference
 from cluster.laws.analysis import Analysis, loss_interval, plannable
+from cluster.laws.rates import Transfer
 from cluster.laws.records import DataProblem
 from trainer.parametrization.horizon import LR_BATCH, LR_HORIZON, rate_factor
 
@@ -175,21 +177,28 @@ def _batch(made: Analysis, asked: Asked, chosen: Plan) -> None:
 
 
 def _rate(made: Analysis, asked: Asked, chosen: Plan) -> None:
-    law = made.transfers.get("n")
+    law = _rate_law(made)
     reference = _reference(made, "lr")
     if asked.lr is not None:
         chosen.lr = asked.lr
         chosen.notes.append("learning rate as given")
-    elif law is not None and law.line is not None and math.isfinite(law.line.low):
+    elif law is not None and law.line is not None:
         line = law.line
         middle = float(np.mean([math.log(cell.size) for cell in law.cells if not cell.edge]))
-        chosen.lr = line.at(chosen.n)
         centre = math.log(line.at(math.exp(middle)))
         ends = [math.exp(centre + slope * (math.log(chosen.n) - middle)) for slope in (line.low, line.high)]
-        chosen.intervals["lr"] = (min(ends), max(ends))
+        fixed = law.cells[0].others
+        factor = 1.0 if asked.law_in_config else _moved(made, asked, chosen, fixed)
+        chosen.lr = line.at(chosen.n) * factor
+        chosen.intervals["lr"] = (min(ends) * factor, max(ends) * factor)
+        at = f" at {law.cells[0].group}" if fixed else ""
         chosen.notes.append(
-            f"learning rate = {line.coefficient:.3g} N^{line.exponent:.3g}, fitted to {line.points} sizes"
+            f"learning rate = {line.coefficient:.3g} N^{line.exponent:.3g}, fitted to {line.points} sizes{at}"
         )
+        if factor != 1:
+            chosen.notes.append(
+                f"times {factor:.3g} for D^{asked.lr_horizon:g} and B^{asked.lr_batch:g} from there: defaults, not fitted"
+            )
     elif reference is not None:
         rate, data = reference
         if asked.law_in_config:
@@ -210,6 +219,28 @@ def _rate(made: Analysis, asked: Asked, chosen: Plan) -> None:
         )
     else:
         chosen.notes.append("the records have no learning rate: it is left as in the config")
+
+
+def _rate_law(made: Analysis) -> Transfer | None:
+    """The law of the rate over N with an interval; of several, each for runs of one length and batch, that of the longest."""
+    verdict = made.transfers.get("n")
+    if verdict is None:
+        return None
+    found = [law for law in verdict.groups.values() if law.line is not None and math.isfinite(law.line.low)]
+    return max(found, key=lambda law: tuple(law.cells[0].others.values()), default=None)
+
+
+def _moved(made: Analysis, asked: Asked, chosen: Plan, fixed: Mapping[str, float]) -> float:
+    """What the rate changes by from runs with the values `fixed` of horizon (or d) and batch to the plan's."""
+    runs = made.runs
+    rows = np.all([runs[name] == value for name, value in fixed.items()], axis=0)
+    growth = batches = 1.0
+    if ("horizon" in fixed or "d" in fixed) and "d" in runs:
+        growth = chosen.d / float(np.median(runs["d"][rows]))
+    if "batch" in fixed and chosen.batch is not None:
+        batches = chosen.batch / fixed["batch"]
+    horizon, batch = rate_factor(growth, batches, lr_horizon=asked.lr_horizon, lr_batch=asked.lr_batch)
+    return horizon * batch
 
 
 def _machine(asked: Asked, flops: float, chosen: Plan) -> None:

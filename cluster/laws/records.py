@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "budget": ("budget", "flops_budget"),
     "loss": ("loss", "final_loss", "val_loss"),
     "loss_std": ("loss_std",),
+    "initial_loss": ("initial_loss",),
     "lr": ("lr", "base_lr", "lr_base", "learning_rate", "config.optim.lr"),
     "batch": ("batch", "batch_size", "global_batch", "config.train.global_batch"),
     "steps": ("steps", "step"),

@@ -52,10 +52,10 @@ def test_learning_rates_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["fit", source, "--out", str(tmp_path / "out")]) == 0
     assert "learning rate over width: does not transfer: the best rate goes as size^-0.50" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "fit.json").read_text())["learning_rate"]
-    assert summary["boundary"]["width"]["exponent"] == pytest.approx(-0.5, abs=0.12)
+    assert summary["boundary"]["width"][0]["exponent"] == pytest.approx(-0.5, abs=0.12)
     assert summary["sensitivity"]["width=64"]["grid"][0] == 2.0**-13
     page = (tmp_path / "out" / "fit.html").read_text()
-    assert sections(page) == ["rates", "json"] or "rates" in sections(page)
+    assert "rates" in sections(page)
 
 
 def test_compute_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
