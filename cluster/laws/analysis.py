@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from cluster.laws import rates, uncertainty
+from cluster.laws import rates, stability, uncertainty
 from cluster.laws.allocation import Allocation, allocate, interval
 from cluster.laws.fit import DELTA, Fit, FitError, fit, vpnls
 from cluster.laws.forms import lookup
@@ -20,6 +20,7 @@ from cluster.laws.records import DataProblem, Runs, listing, usable
 
 RATE_AXES = ("width", "depth", "horizon", "batch", "n")
 _LEVEL = 0.95
+_ALARM = "methods disagree"
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Analysis:
         fits: by name, the primary one first.
         thetas: pairs-bootstrap parameters of the primary fit [S, P]; `block_thetas` over budgets; `noise_thetas` under the
             noise of the seeds, where cells have three or more.
-        target, per_pair: FLOPs to extrapolate to, and k of C = k N D.
+        target, per_pair: FLOPs to extrapolate to, and k of C = k N D; `counted`: k of the records' own FLOPs.
         transfers: axis -> verdict; `boundaries`: axis -> stability boundaries, by the values of the other axes in words.
     """
 
@@ -62,6 +63,7 @@ class Analysis:
     points: Runs
     target: float
     per_pair: float
+    counted: float
     fits: dict[str, Fit] = field(default_factory=dict)
     thetas: Array | None = None
     block_thetas: Array | None = None
@@ -72,7 +74,7 @@ class Analysis:
     floor: dict[str, float | bool] | None = None
     tails: dict[str, float] = field(default_factory=dict)
     transfers: dict[str, rates.Verdict] = field(default_factory=dict)
-    boundaries: dict[str, dict[str, rates.Boundary]] = field(default_factory=dict)
+    boundaries: dict[str, dict[str, stability.Boundary]] = field(default_factory=dict)
     sensitivity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed_noise: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -105,9 +107,10 @@ def analyse(runs: Runs, options: Options | None = None) -> Analysis:
     warnings = list(runs.warnings)
     runs.warnings = []
     points = best_rates(runs, warnings)
-    per_pair = options.per_pair or _per_pair(points, warnings)
+    counted = _per_pair(points, warnings)
+    per_pair = options.per_pair or counted
     target = options.target or 10 * _largest(points, per_pair)
-    made = Analysis(runs, points, target, per_pair, warnings=warnings)
+    made = Analysis(runs, points, target, per_pair, counted, warnings=warnings)
     if "n" in points and "d" in points:
         made.seed_noise = uncertainty.seed_noise(
             _trained(points), [a for a in ("n", "d", "lr", "u", "h") if a in points]
@@ -256,11 +259,19 @@ def _spread(made: Analysis) -> None:
     if found is None or not plannable(found):
         return
     thetas = made.thetas if found is made.primary and made.thetas is not None else uncertainty.pairs(found, 500)
-    extra = {} if made.iso is None else {"approach 2": made.iso.optimum(made.target)}
+    extra = {} if made.iso is None else {"approach 2": made.iso.optimum(made.target * made.counted / made.per_pair)}
     kept = usable(made.points, ("n", "d"))
     made.spread = uncertainty.model_spread(found, kept, made.target, thetas, per_pair=made.per_pair, extra=dict(extra))
     if made.spread.alarm:
-        made.warnings.append(f"methods disagree on N* at C={made.target:.3g}: {made.spread.alarm}")
+        made.warnings.append(f"{_ALARM} on N* at C={made.target:.3g}: {made.spread.alarm}")
+
+
+def recounted(made: Analysis, per_pair: float) -> Analysis:
+    """The analysis for another k of C = k N D: the laws stay, and what they say of a budget is made anew."""
+    kept = [text for text in made.warnings if not text.startswith(_ALARM)]
+    again = replace(made, per_pair=per_pair, spread=None, warnings=kept)
+    _spread(again)
+    return again
 
 
 def _rates(made: Analysis, options: Options) -> None:
@@ -309,7 +320,7 @@ def _goes_with(axis: Array, other: Array) -> bool:
 def _boundaries(made: Analysis, axis: str, found: Sequence[rates.Cell]) -> None:
     for group, part in rates.grouped(found).items():
         try:
-            made.boundaries.setdefault(axis, {})[group] = rates.boundary(part)
+            made.boundaries.setdefault(axis, {})[group] = stability.boundary(part)
         except DataProblem as error:
             at = f"{axis} at {group}" if group else axis
             made.failed[f"stability boundary over {at}"] = str(error)
@@ -324,10 +335,10 @@ def _sensitivity(made: Analysis, found: Sequence[rates.Cell]) -> None:
             initial = float(np.max(cell.loss[np.isfinite(cell.loss)]))
             guessed += [cell.name] if cell.diverged.any() else []
         made.sensitivity[cell.name] = {
-            "S": rates.sensitivity(cell.loss, initial),
+            "S": stability.sensitivity(cell.loss, initial),
             "clipped_at": initial,
             "grid": cell.lr.tolist(),
-            "usable_decades": rates.usable_decades(cell.lr, cell.loss),
+            "usable_decades": stability.usable_decades(cell.lr, cell.loss),
         }
     if guessed:
         made.warnings.append(

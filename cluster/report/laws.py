@@ -110,7 +110,7 @@ def _methods(summary: dict[str, Any]) -> str:
 
 
 def _rates(made: Analysis) -> str:
-    parts = []
+    parts: list[str] = []
     for axis, verdict in made.transfers.items():
         for group, found in verdict.groups.items():
             at = f" at {group}" if group else ""

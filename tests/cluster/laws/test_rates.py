@@ -10,8 +10,9 @@ import pytest
 from cluster.laws import batch, rates, synthetic
 from cluster.laws.analysis import Options, analyse
 from cluster.laws.plan import Asked, plan
-from cluster.laws.rates import boundary, cells, sensitivity, transfer, usable_decades
+from cluster.laws.rates import cells, transfer
 from cluster.laws.records import DataProblem, Runs, of_columns
+from cluster.laws.stability import boundary, sensitivity, usable_decades
 
 
 def one_cell(loss: list[float], status: list[str] | None = None) -> rates.Cell:
