@@ -13,7 +13,7 @@ from cluster.laws import rates, stability, uncertainty
 from cluster.laws.allocation import Allocation, allocate, interval
 from cluster.laws.fit import DELTA, Fit, FitError, fit, vpnls
 from cluster.laws.forms import lookup
-from cluster.laws.isoflop import IsoFlop, isoflop
+from cluster.laws.isoflop import IsoFlop, groups, isoflop
 from cluster.laws.one_axis import broken, profile_floor
 from cluster.laws.optimise import Array
 from cluster.laws.records import DataProblem, Runs, listing, usable
@@ -234,9 +234,11 @@ def _resample(made: Analysis, options: Options) -> None:
     points = usable(made.points, found.law.axes_needed)
     budget = next((points[axis] for axis in ("budget", "c") if axis in points), None)
     if budget is not None:
-        labels = np.round(np.log(budget) / 0.1)
-        kinds, counts = np.unique(labels, return_counts=True)
-        if len(kinds) >= 4 and np.median(counts) >= 3:
+        rows = groups(budget)
+        labels = np.empty(len(budget))
+        for number, own in enumerate(rows):
+            labels[own] = number
+        if len(rows) >= 4 and np.median([len(own) for own in rows]) >= 3:
             made.block_thetas = uncertainty.blocks(found, labels, options.draws, options.seed)
     if made.seed_noise is not None and not found.raw:
         made.noise_thetas = uncertainty.noise(found, made.seed_noise, min(options.draws, 300), options.seed)

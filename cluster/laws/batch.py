@@ -81,8 +81,3 @@ def noise_scale(small: tuple[float, float], large: tuple[float, float]) -> float
             f"the gradient norms {g_s:.4g} and {g_l:.4g} show no signal above their noise: average over more steps"
         )
     return noise / signal
-
-
-def scale_with_batch(batch: float, critical: float) -> float:
-    """Fraction of perfect scaling kept at a batch size: steps saved per sample spent, 1/(1 + B/B_crit)."""
-    return 1 / (1 + batch / critical)

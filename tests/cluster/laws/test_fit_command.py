@@ -87,7 +87,7 @@ def test_training_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["n"]["exponent"] == pytest.approx(0.4516, abs=0.06)
 
 
-def test_training_curves_of_runs(tmp_path: Path) -> None:
+def test_training_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for n in np.geomspace(1e4, 1e6, 9):
         for horizon in (2, 40):
             store, steps = Store(str(tmp_path / "runs" / f"{n:.0f}-{horizon}")), 100
@@ -99,6 +99,17 @@ def test_training_curves_of_runs(tmp_path: Path) -> None:
             writer.extend({"step": i + 1, "loss": float(value)} for i, value in enumerate(loss))
             writer.close()
             write_record(store, {"status": "ok", "steps": steps, "flops": 6 * n * d, "samples": d, "parameters": n})
+    for status in ("diverged", "pruned"):  # their curves lie far below, and must not count
+        store = Store(str(tmp_path / "runs" / status))
+        start_attempt(store, {})
+        writer = MetricsWriter(store, 1)
+        writer.extend({"step": i + 1, "loss": 0.9 + 1e-4 * (100 - i)} for i in range(100))
+        writer.close()
+        write_record(store, {"status": status, "steps": 100, "flops": 1e13, "samples": 1.6e8, "parameters": 1e4})
+    words = ["fit", str(tmp_path / "runs"), "--curves", "--where", "status=ok"]
+    assert cli.main(words) == 2 and cli.main([*words[:3], "--column", "loss=val_loss"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("for a folder of runs they have no effect" in line for line in lines)
     assert cli.main(["fit", str(tmp_path / "runs"), "--curves", "--last", "1", "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "fit.json").read_text())["approach_1"]
     assert found["n"]["exponent"] == pytest.approx(0.5, abs=0.15)

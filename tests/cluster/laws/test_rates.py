@@ -240,7 +240,6 @@ def test_critical_batch() -> None:
         batch.from_steps(sizes, 10.0 * sizes)
     with pytest.raises(ValueError, match="at least three"):
         batch.from_steps(sizes[:2], sizes[:2])
-    assert batch.scale_with_batch(50.0, 50.0) == 0.5
 
 
 def test_noise_scale_from_gradients() -> None:
