@@ -105,7 +105,7 @@ def test_training_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         writer = MetricsWriter(store, 1)
         writer.extend({"step": i + 1, "loss": 0.9 + 1e-4 * (100 - i)} for i in range(100))
         writer.close()
-        write_record(store, {"status": status, "steps": 100, "flops": 2e14, "samples": 1e9, "parameters": 2e4})
+        write_record(store, {"status": status, "steps": 100, "flops": 1e11, "samples": 1e5, "parameters": 3e5})
     words = ["fit", str(tmp_path / "runs"), "--curves", "--where", "status=ok"]
     assert cli.main(words) == 2 and cli.main([*words[:3], "--column", "loss=val_loss"]) == 2
     lines = capsys.readouterr().err.splitlines()
