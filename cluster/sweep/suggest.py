@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cluster.sweep.results import Result
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.table import Row, read_table
+from cluster.sweep.table import Row
 
 log = logging.getLogger("keel.sweep")
 
@@ -32,10 +32,6 @@ class Source(Protocol):
         """The result of a row; None where it was given back."""
         ...
 
-    def finish(self) -> None:
-        """No trial runs any more."""
-        ...
-
 
 class TableRows:
     """The rows of the table, in their order; those that were interrupted come again."""
@@ -56,13 +52,12 @@ class TableRows:
         if result is None:
             self.waiting.append(row)
 
-    def finish(self) -> None: ...
-
 
 class Suggested:
     """Rows that a searcher of Tune suggests, `random.samples` in all, from the axes of `random`.
 
-    Suggestions become rows of the table like any others. A new driver tells a fresh searcher the results that there are,
+    Suggestions become rows of the table like any others, by a log that all drivers append to on the condition that nobody
+    else has: so none is lost, and together they make as many as were asked for. A new driver tells a fresh searcher the results that there are,
     so the searcher's own state may be lost. A run that diverged counts as an infinite loss.
     """
 
@@ -82,6 +77,8 @@ class Suggested:
         self.searcher.set_search_properties(self.metric, "min", space(self.config.random.axes))
         self.own: dict[str, Row] = {}
         self._names: dict[str, str] = {}  # trial -> what the searcher calls it
+        self._entries = 0
+        self._read()
         self._recall()
 
     @property
@@ -106,7 +103,9 @@ class Suggested:
             if not isinstance(point, dict):
                 return None
             row = self.maker.row({axis: point[axis] for axis in self.config.random.axes}, EXTRA)
-            self._add(row)
+            if not self._add(row):
+                self._tell(name, None)
+                return None
             if self.sweep.claim([row]):
                 self.own[trial] = row
                 self._names[trial] = name
@@ -124,10 +123,6 @@ class Suggested:
             del self.own[trial]
             self._tell(self._names[trial], result)
 
-    def finish(self) -> None:
-        for row in self.own.values():
-            self._add(row)
-
     def _tell(self, name: str, result: Result | None) -> None:
         value = loss_of(result)
         self.searcher.on_trial_complete(name, None if value is None else {self.metric: value}, error=value is None)
@@ -144,14 +139,24 @@ class Suggested:
                 log.warning("%s cannot be told of earlier results: it starts anew", type(self.searcher).__name__)
                 return
 
-    def _add(self, row: Row) -> None:
-        """Adds a row to the table in the store, beside those that other drivers have added meanwhile."""
+    def _read(self) -> None:
+        """Takes up the rows that other drivers have added since."""
+        rows = self.sweep.table.added(self.sweep.store, self._entries)
+        self._entries += len(rows)
+        self.sweep.table = self.sweep.table.with_rows(rows)
+
+    def _add(self, row: Row) -> bool:
+        """Adds a row to the table of all drivers, unless it is there; False where the others have made all suggestions."""
         while True:
-            present = read_table(self.sweep.store)
-            self.sweep.table = self.sweep.table.with_rows(present.rows).with_rows([row])
-            if row.id in present.by_id:
-                return
-            self.sweep.table.save(self.sweep.store)
+            self._read()
+            if row.id in self.sweep.table.by_id:
+                return True
+            if self.left <= 0:
+                return False
+            if self.sweep.table.add(self.sweep.store, self._entries, row):
+                self._entries += 1
+                self.sweep.table = self.sweep.table.with_rows([row])
+                return True
 
 
 def loss_of(result: Result | None) -> float | None:

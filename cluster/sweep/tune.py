@@ -101,7 +101,6 @@ class Tune:
                 ),
             )
             tuner.fit()
-        source.finish()
 
     def _packs(self, sweep: Sweep) -> None:
         """Many tiny cells per actor: each is a driver of its own, which claims what it does."""

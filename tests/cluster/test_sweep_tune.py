@@ -16,7 +16,9 @@ from ray.tune.schedulers import FIFOScheduler
 from cluster.sweep.config import load, to_dict
 from cluster.sweep.expand import expand
 from cluster.sweep.results import read_results
+from cluster.sweep.suggest import Suggested
 from cluster.sweep.sweep import Sweep
+from cluster.sweep.table import Row, read_table
 from cluster.sweep.tune import Tune, bundles, environment, scheduler
 from cluster.sweep.tune_trial import judge
 from datamodules.store import Store
@@ -33,6 +35,20 @@ class StopAtOnce(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self.STOP
+
+
+class Counting:
+    """A searcher whose suggestions never repeat, in this process."""
+
+    count = 0
+
+    def set_search_properties(self, metric: str, mode: str, config: Any) -> None: ...
+
+    def suggest(self, trial: str) -> dict[str, float]:
+        type(self).count += 1
+        return {"optim.lr": 1e-4 * self.count}
+
+    def on_trial_complete(self, trial: str, result: Any = None, error: bool = False) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +209,35 @@ def test_the_stop_section_is_asked_under_ray_too(data: str, tmp_path: Path, monk
 def test_no_judge_where_nobody_asks(data: str, tmp_path: Path) -> None:
     table = expand(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]})))
     assert JUDGE not in environment(Sweep(table), table.rows[0])
+
+
+def test_two_searches_at_once_lose_no_row_and_make_no_more_than_were_asked_for(data: str, tmp_path: Path) -> None:
+    """The second driver suggests between what the first one reads and what it then writes."""
+    axes = {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}
+    config = sweep_of(
+        tmp_path, data, random={"samples": 3, "axes": axes}, tune={"search": f"{__name__}:{Counting.__name__}"}
+    )
+    store = Store(config["url"])
+    expand(load(config)).save(store)
+    made: list[Row | None] = []
+    with Sweep(read_table(store)) as one, Sweep(read_table(store)) as two:
+        first, second = Suggested(one), Suggested(two)
+        create = one.store.create
+
+        def interrupted(path: str, content: bytes) -> bool:
+            if not made and path.partition("/")[0] in ("added", "tables"):
+                made.append(second.next("b0"))
+            return create(path, content)
+
+        one.store.create = interrupted  # type: ignore[method-assign]
+        made.append(first.next("a0"))
+        assert {row.id for row in read_table(store).rows} == {row.id for row in made if row} and len(made) == 2
+        made.append(second.next("b1"))
+        assert first.next("a1") is None and second.next("b2") is None
+        assert [row.id for row in read_table(store).rows] == [row.id for row in made if row]
+        assert len(made) == 3 and not first.over
+    other = Sweep(expand(load({**config, "base": {**config["base"], "seed": 8}})))
+    assert Suggested(other).left == 3  # of another base
 
 
 def test_bad_schedulers(data: str, tmp_path: Path) -> None:
