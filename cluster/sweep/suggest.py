@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cluster.sweep.results import Result
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.table import Row
+from cluster.sweep.table import Row, Table
 
 log = logging.getLogger("keel.sweep")
 
@@ -84,20 +84,19 @@ class Suggested:
     @property
     def left(self) -> int:
         """How many suggestions are still to be made."""
-        rows = [row for row in self.sweep.table.rows if row.extra == EXTRA]
-        return self.config.random.samples - len(rows)
+        return to_suggest(self.sweep.table)
 
     @property
     def over(self) -> bool:
         """Whether all suggestions were made, and done."""
-        return self.left <= 0 and not any(row.extra == EXTRA for row in self.sweep.missing())
+        return not self.left and not any(row.extra == EXTRA for row in self.sweep.missing())
 
     def next(self, trial: str) -> Row | None:
         for row in [row for row in self.sweep.missing() if row.extra == EXTRA]:  # of a driver that was killed
             if self.sweep.claim([row]):
                 return row
         repeats = 0
-        while self.left > 0 and repeats < 100:
+        while self.left and repeats < 100:
             name = f"{trial}-{repeats}"
             point = self.searcher.suggest(name)
             if not isinstance(point, dict):
@@ -151,12 +150,20 @@ class Suggested:
             self._read()
             if row.id in self.sweep.table.by_id:
                 return True
-            if self.left <= 0:
+            if not self.left:
                 return False
             if self.sweep.table.add(self.sweep.store, self._entries, row):
                 self._entries += 1
                 self.sweep.table = self.sweep.table.with_rows([row])
                 return True
+
+
+def to_suggest(table: Table) -> int:
+    """How many rows are still to be suggested; none where the sweep has no search."""
+    if not table.sweep["tune"]["search"]:
+        return 0
+    made = sum(row.extra == EXTRA for row in table.rows)
+    return max(0, int(table.sweep["random"]["samples"]) - made)
 
 
 def loss_of(result: Result | None) -> float | None:

@@ -14,8 +14,9 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler
 
 from cluster.sweep.config import load, to_dict
+from cluster.sweep.drive import drive as drive_table
 from cluster.sweep.expand import expand
-from cluster.sweep.results import read_results
+from cluster.sweep.results import failed, read_results
 from cluster.sweep.suggest import Suggested
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row, read_table
@@ -238,6 +239,26 @@ def test_two_searches_at_once_lose_no_row_and_make_no_more_than_were_asked_for(d
         assert len(made) == 3 and not first.over
     other = Sweep(expand(load({**config, "base": {**config["base"], "seed": 8}})))
     assert Suggested(other).left == 3  # of another base
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_finished_sweep_starts_no_ray(data: str, tmp_path: Path, monkeypatch: Any, search: bool) -> None:
+    axes: dict[str, Any] = {"grid": {"optim.lr": [1e-3]}}
+    if search:
+        drawn = {"samples": 1, "axes": {"optim.lr": {"choice": [1e-3]}}}
+        axes = {"random": drawn, "tune": {"search": f"{__name__}:{Counting.__name__}"}}
+    table = expand(load(sweep_of(tmp_path, data, **axes)))
+    table.save(Store(table.url))
+    started: list[bool] = []
+    monkeypatch.setattr(Tune, "_connect", lambda self: started.append(True) or sys.exit("Ray was started"))
+    with pytest.raises(SystemExit):
+        drive_table(table, "ray")
+    if search:
+        with Sweep(table) as sweep:
+            assert Suggested(sweep).next("a0") is not None
+        table = read_table(Store(table.url))
+    Sweep(table).results.add([failed(row, "for some reason") for row in table.rows])
+    assert drive_table(table, "ray") == 0 and len(started) == 1
 
 
 def test_bad_schedulers(data: str, tmp_path: Path) -> None:
