@@ -62,6 +62,8 @@ class Suggested:
     """
 
     def __init__(self, sweep: Sweep) -> None:
+        from ray.tune.search import Searcher
+
         from cluster.sweep.config import load
         from cluster.sweep.expand import Maker
         from cluster.sweep.tune import named
@@ -69,7 +71,7 @@ class Suggested:
         self.sweep, self.config = sweep, load(sweep.options)
         self.maker, self.metric = Maker(self.config), self.config.objective
         chosen = self.config.tune
-        cls = named(SEARCHERS.get(chosen.search, chosen.search), "tune.search")
+        cls = named(SEARCHERS.get(chosen.search, chosen.search), "tune.search", Searcher)
         try:
             self.searcher = cls(**chosen.search_options)
         except (TypeError, ImportError, AssertionError) as error:

@@ -82,7 +82,7 @@ class Tune:
         inside = scheduler(sweep.options)
         with tempfile.TemporaryDirectory(prefix="keel-tune-", ignore_cleanup_errors=True) as folder:
             tuner = tune.Tuner(
-                tune.with_resources(_named(name), resources=_placement),
+                tune.with_resources(_named(name), resources=placement),
                 tune_config=tune.TuneConfig(
                     metric=sweep.options["objective"],
                     mode="min",
@@ -171,7 +171,7 @@ def scheduler(options: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: unknown, options that it does not take, or one that pauses trials or copies their weights.
     """
-    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     name = options["tune"]["scheduler"]
     if not name:
@@ -179,7 +179,7 @@ def scheduler(options: Mapping[str, Any]) -> Any:
     given = {**_DEFAULTS.get(name, {}), **options["tune"]["scheduler_options"]}
     if "." not in name and name not in SCHEDULERS:
         raise ValueError(f"tune.scheduler={name}: choose one of {', '.join(SCHEDULERS)}, or a class as module:Class")
-    cls = named(SCHEDULERS.get(name, name), "tune.scheduler")
+    cls = named(SCHEDULERS.get(name, name), "tune.scheduler", TrialScheduler)
     if "time_attr" in inspect.signature(cls).parameters:
         given = {"time_attr": "step", **given}
     try:
@@ -188,13 +188,22 @@ def scheduler(options: Mapping[str, Any]) -> Any:
         raise ValueError(f"tune.scheduler_options: {error}") from error
 
 
-def named(text: str, key: str) -> Any:
-    """A class written as module:Class. Raises ValueError where there is none."""
+def named(text: str, key: str, kind: type) -> Any:
+    """A class of that kind written as module:Class.
+
+    Raises:
+        ValueError: there is none, or it is of another kind, such as a Trainer of Ray Train, which no Tuner takes any more.
+    """
     module, _, attribute = text.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{key}={text}: no such class ({error}); write it as module:Class") from error
+    if not (inspect.isclass(cls) and issubclass(cls, kind)):
+        raise ValueError(
+            f"{key}={text} is no {kind.__name__} of Ray Tune; what trains a row is Keel's own, by the row's config"
+        )
+    return cls
 
 
 def _forgotten(self: Any) -> tuple[Any, ...]:
@@ -328,7 +337,8 @@ def environment(sweep: Sweep, row: Row) -> dict[str, str]:
     return found
 
 
-def _placement(config: dict[str, Any]) -> Any:
+def placement(config: dict[str, Any]) -> Any:
+    """What Tune reserves for a row before its trial starts: all that it needs, or nothing."""
     from ray.tune import PlacementGroupFactory
 
     return PlacementGroupFactory(config["bundles"], strategy="STRICT_SPREAD" if config["nodes"] > 1 else "PACK")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
 from cluster.sweep.config import load, to_dict
 from cluster.sweep.drive import drive as drive_table
@@ -20,7 +21,7 @@ from cluster.sweep.results import failed, read_results
 from cluster.sweep.suggest import Suggested
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row, read_table
-from cluster.sweep.tune import Tune, bundles, environment, scheduler
+from cluster.sweep.tune import Tune, bundles, environment, placement, scheduler
 from cluster.sweep.tune_trial import judge
 from datamodules.store import Store
 from tests.cluster.sweep.conftest import children
@@ -38,18 +39,16 @@ class StopAtOnce(FIFOScheduler):
         return self.STOP
 
 
-class Counting:
+class Counting(Searcher):
     """A searcher whose suggestions never repeat, in this process."""
 
     count = 0
 
-    def set_search_properties(self, metric: str, mode: str, config: Any) -> None: ...
-
-    def suggest(self, trial: str) -> dict[str, float]:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
         type(self).count += 1
         return {"optim.lr": 1e-4 * self.count}
 
-    def on_trial_complete(self, trial: str, result: Any = None, error: bool = False) -> None: ...
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,50 @@ def test_a_row_asks_for_all_that_it_needs_at_once(data: str, tmp_path: Path) -> 
     )
     table = expand(load(config))
     sweep = Sweep(table)
-    assert bundles(sweep, table.rows[0]) == [{"CPU": 2.0}, {"CPU": 2.0}]
+    needs = bundles(sweep, table.rows[0])
+    assert needs == [{"CPU": 2.0}, {"CPU": 2.0}]
+    asked = placement({"bundles": needs, "nodes": 2})
+    assert (asked.bundles, asked.strategy) == (needs, "STRICT_SPREAD")
+
+
+def test_rows_of_mixed_sizes_cannot_be_oversubscribed_or_block_each_other(
+    data: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Rows of 1, 2 and 4 CPUs on 4: each asks for one bundle with all of its CPUs, the trial's own process among them, so
+    that it holds nothing while it waits; and none is refused but one that could never run."""
+    sizes = {"resources.processes_per_node": [1, 2, 4], "seed": [0, 1, 2]}
+    config = sweep_of(tmp_path, data, zip=[sizes])
+    table = expand(load(config))
+    sweep = Sweep(table)
+    asked = [placement({"bundles": bundles(sweep, row), "nodes": row.nodes}) for row in table.rows]
+    assert [one.bundles for one in asked] == [[{"CPU": 1.0}], [{"CPU": 2.0}], [{"CPU": 4.0}]]
+    assert [one.required_resources["CPU"] for one in asked] == [1.0, 2.0, 4.0] and asked[0].strategy == "PACK"
+    assert not any(one.head_bundle_is_empty for one in asked)  # or the trial would run where nothing is reserved
+    tune = Tune(0)
+    monkeypatch.setattr(tune, "_connect", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    tune.check(sweep, table.rows)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2)
+    with pytest.raises(ValueError, match=r"needs 1 nodes with 4 CPU each; the Ray cluster has 2 CPU; 2 CPU"):
+        tune.check(sweep, table.rows)
+
+
+def test_a_tuner_over_a_trainer_of_ray_train_cannot_be_asked_for(data: str, tmp_path: Path) -> None:
+    """Tune fails at it with "Improper 'run' - not string nor trainable". Trials here are functions; what else takes a class
+    of Ray's says which kind it must be."""
+    trainer = "ray.train.torch:TorchTrainer"
+    grid = {"optim.lr": [1e-3]}
+    options = to_dict(load(sweep_of(tmp_path, data, grid=grid, tune={"scheduler": trainer})))
+    with pytest.raises(
+        ValueError, match=r"tune\.scheduler=ray\.train\.torch:TorchTrainer is no TrialScheduler of Ray Tune"
+    ):
+        scheduler(options)
+    drawn = {"samples": 1, "axes": {"optim.lr": {"choice": [1e-3]}}}
+    table = expand(load(sweep_of(tmp_path, data, random=drawn, tune={"search": trainer})))
+    with pytest.raises(ValueError, match=r"tune\.search=ray\.train\.torch:TorchTrainer is no Searcher of Ray Tune"):
+        Suggested(Sweep(table))
+    with pytest.raises(ValueError, match=r"executor=ray\.train\.torch:TorchTrainer: must be one of local, packed, ray"):
+        load(sweep_of(tmp_path, data, grid=grid) | {"executor": trainer})
 
 
 @pytest.mark.parametrize("search", [False, True])
