@@ -124,6 +124,29 @@ def test_critical_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found["critical"] == pytest.approx(50) and "critical batch" in capsys.readouterr().out
 
 
+def test_critical_batch_from_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    mean, spread, columns = np.full(50, 0.1), 0.2, {}
+    for name, size in (("small", 8), ("large", 64)):
+        noise = rng.standard_normal((300, 50)) * spread / np.sqrt(size)
+        columns |= {f"batch_{name}": np.full(300, float(size)), f"grad_sq_{name}": ((mean + noise) ** 2).sum(axis=1)}
+    source = save(tmp_path / "g.csv", Runs(columns, [], []))
+    assert cli.main(["fit", source, "--critical-batch", "--out", str(tmp_path / "out")]) == 0
+    assert "simple noise scale" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())["critical_batch"]
+    truth = 50 * spread**2 / (50 * 0.1**2)
+    assert found["noise_scale"] == pytest.approx(truth, rel=0.15)
+    assert found["interval"][0] < truth < found["interval"][1] < 1.5 * truth
+    columns["batch_small"][0] = 16
+    source = save(tmp_path / "two.csv", Runs(columns, [], []))
+    assert cli.main(["fit", source, "--critical-batch"]) == 2
+    assert "choose one of each with --where" in capsys.readouterr().err
+    columns["batch_small"][0], columns["grad_sq_large"] = 8, columns["grad_sq_small"]
+    source = save(tmp_path / "noise.csv", Runs(columns | {"grad_sq_small": columns["grad_sq_small"] * 9}, [], []))
+    assert cli.main(["fit", source, "--critical-batch"]) == 2
+    assert "no signal above their noise" in capsys.readouterr().err
+
+
 def test_seeds_give_an_interval_of_their_own(tmp_path: Path) -> None:
     runs = synthetic.ladder()
     many = {name: np.repeat(values, 3) for name, values in runs.columns.items()} | {
