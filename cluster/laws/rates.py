@@ -109,7 +109,7 @@ class Verdict:
 
     @property
     def reasons(self) -> list[str]:
-        return [text for found in self.groups.values() for text in found.reasons]
+        return [f"{at}: {text}" if at else text for at, found in self.groups.items() for text in found.reasons]
 
 
 def evidence(runs: Runs) -> Runs:

@@ -113,6 +113,7 @@ def test_a_verdict_for_each_value_of_the_other_axes(second: str) -> None:
     one_bad.columns["loss"] = np.where(worse, 1.2 * one_bad["loss"], one_bad["loss"])
     over = analyse(one_bad).transfers["width"]
     assert not over.ok and [law.ok for law in over.groups.values()] == [True, False]
+    assert all(text.startswith(f"{second}=16: ") for text in over.reasons)
     with pytest.raises(DataProblem, match="have a verdict each"):
         transfer(cells(two_axes(second=second), "width", (second,)))
 
