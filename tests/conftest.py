@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.laws import reference
 from tests.helpers.ray import CPUS, RayCluster, ray_script
 from tests.helpers.slurm import SlurmCluster, slurm_script
 
@@ -50,6 +51,12 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"KEEL_REQUIRE=all: {item.nodeid} was skipped: {call.excinfo.value if call.excinfo else ''}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Tests that were left out of the collection are no skips, and would go unnoticed."""
+    if text := reference.missing(config.args):
+        terminalreporter.write_line(text, yellow=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,7 +39,12 @@ def register(commands: Any) -> None:
     parser.add_argument("--delta", type=float, default=1e-3, help="Huber's threshold in log loss (default: 1e-3)")
     parser.add_argument("--initial-loss", type=float, metavar="L", help="loss before training: above it a run diverged")
     parser.add_argument("--curves", action="store_true", help="rows are points of training curves: approach 1")
-    parser.add_argument("--critical-batch", action="store_true", help="rows are batch and steps to one loss")
+    parser.add_argument(
+        "--critical-batch",
+        action="store_true",
+        help="rows are batch and steps to one loss; or |gradient|^2 of one step at two batch sizes (grad_sq_small, "
+        "grad_sq_large, batch_small, batch_large)",
+    )
     parser.add_argument("--last", type=float, default=0.25, metavar="F", help="part of each curve used (default: 0.25)")
     parser.add_argument("--selftest", action="store_true", help="fit laws with known answers, in under a minute")
 
@@ -191,12 +196,14 @@ def approach_one(args: argparse.Namespace) -> int:
 
 
 def critical_batch(args: argparse.Namespace) -> int:
-    """The critical batch size from steps to one loss at several batch sizes."""
+    """The critical batch size from steps to one loss at several batch sizes, or from the noise of gradients."""
     from cluster.laws.batch import from_steps
     from cluster.laws.records import read_points
     from cluster.laws.summary import plain
 
     runs = read_points(args.source, columns_of(args.column), args.where)
+    if "grad_sq_small" in runs:
+        return _noise_scale(args, runs)
     found = from_steps(runs["batch"], runs["steps"])
     rows = [("critical batch", found.critical, *found.interval), ("steps with a huge batch", found.steps, None, None)]
     print_table(["", "value", "low", "high"], rows, f"{len(runs)} batch sizes")
@@ -204,6 +211,25 @@ def critical_batch(args: argparse.Namespace) -> int:
         print(f"warning: {text}")
     figures = {"critical": found.critical, "interval": found.interval, "steps": found.steps, "samples": found.samples}
     write(args, plain({"critical_batch": figures, "warnings": found.warnings}), None)
+    return 0
+
+
+def _noise_scale(args: argparse.Namespace, runs: Runs) -> int:
+    """The simple noise scale, which a critical batch is near to (arXiv:1812.06162)."""
+    import numpy as np
+
+    from cluster.laws.batch import from_gradients
+    from cluster.laws.summary import plain
+
+    sizes = [np.unique(runs[name]) for name in ("batch_small", "batch_large")]
+    if any(len(size) != 1 for size in sizes):
+        raise ValueError("the rows have several values of batch_small or batch_large: choose one of each with --where")
+    batches = (float(sizes[0][0]), float(sizes[1][0]))
+    value, interval = from_gradients(batches, runs["grad_sq_small"], runs["grad_sq_large"], args.draws, args.seed)
+    title = f"{len(runs)} steps, gradients of {batches[0]:g} and of {batches[1]:g} samples"
+    print_table(["", "value", "low", "high"], [("simple noise scale", value, *interval)], title)
+    figures = {"noise_scale": value, "interval": interval, "batches": batches, "steps": len(runs)}
+    write(args, plain({"critical_batch": figures, "warnings": runs.warnings}), None)
     return 0
 
 

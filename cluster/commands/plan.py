@@ -80,7 +80,7 @@ def plan(args: argparse.Namespace) -> int:
     import time
 
     from cluster.laws.analysis import analyse
-    from cluster.laws.plan import Asked, at_size, registration
+    from cluster.laws.plan import Asked, configured, registration
     from cluster.laws.plan import plan as choose
     from cluster.laws.records import base_config, fingerprint, loss_column
     from cluster.laws.score import coverage
@@ -95,7 +95,6 @@ def plan(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     base = read_yaml(args.config) if args.config else base_config(args.source, args.where)
     asked = Asked(served=args.serve, law_in_config=_has_law(base, args), **given)
-    chosen = choose(made, asked)
     store = Store(absolute_url(args.out or f".keel/plans/{args.budget:g}"))
     about: dict[str, Any] = {
         "time": time.time(),
@@ -106,25 +105,15 @@ def plan(args: argparse.Namespace) -> int:
     }
     written = None
     if base is not None:
-        from cluster.laws.sizing import sized
-
-        wanted = chosen.batch if chosen.batch is not None else base.get("train", {}).get("global_batch", 16)
-        spent = made.per_pair * chosen.n * chosen.d
         base = {**base, "url": store.join("run"), "name": store.url.rstrip("/").rpartition("/")[2]}
         more = [*([] if args.config else _depth(runs, base)), *args.overrides]
-        made_config = sized(base, chosen.n, lambda n: spent / made.per_pair / n, wanted, chosen.lr, more)
-        at_size(made, chosen, made_config.n, made_config.d)
-        chosen.batch = made_config.batch
-        chosen.lr = getattr(made_config.config.optim, "lr", chosen.lr)
-        flops = made.per_pair * chosen.n * chosen.d
-        if abs(flops / spent - 1) > 0.05:
-            chosen.notes.append(
-                f"the config spends {flops:.3g} FLOPs, not {spent:.3g}: sizes are whole, or overrides say so"
-            )
-        about["config_hash"] = config_hash(made_config.config)
-        written = to_yaml(made_config.config)
+        made, chosen, config = configured(made, asked, base, more)
+        about["config_hash"] = config_hash(config)
+        written = to_yaml(config)
     elif args.overrides:
         raise ValueError("overrides need a config to change: give --config")
+    else:
+        chosen = choose(made, asked)
     refusal = (
         f"{store.join(PREDICTION)} is there already, and a registered prediction is not changed: choose another --out"
     )
@@ -179,6 +168,7 @@ def _show(chosen: Any) -> None:
     rows = [
         ("parameters", chosen.n, *bands["n"]),
         ("tokens or samples", chosen.d, *bands["d"]),
+        ("FLOPs", chosen.flops, None, None),
         ("batch (samples)", chosen.batch, *bands.get("batch", (None, None))),
         ("learning rate", chosen.lr, *bands.get("lr", (None, None))),
         ("loss", value, low, high),

@@ -68,10 +68,9 @@ def allocate(values: Values, flops: float, per_pair: float = 6.0) -> Allocation:
     return Allocation(n, d, loss, exponent)
 
 
-def regret(values: Values, flops: float, factor: Any, per_pair: float = 6.0) -> Any:
-    """Loss above the optimum for N = factor N* at the same budget."""
-    best = allocate(values, flops, per_pair)
-    return loss_at(values, best.n * factor, best.d / factor) - best.loss
+def regret(values: Values, n: float, d: float, factor: Any) -> Any:
+    """Loss that is added by `factor` times the parameters for the FLOPs of `n` and `d`."""
+    return loss_at(values, n * factor, d / factor) - loss_at(values, n, d)
 
 
 def data_for(values: Values, n: float, loss: float) -> float:

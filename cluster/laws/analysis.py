@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from cluster.laws import rates, uncertainty
+from cluster.laws import rates, stability, uncertainty
 from cluster.laws.allocation import Allocation, allocate, interval
 from cluster.laws.fit import DELTA, Fit, FitError, fit, vpnls
 from cluster.laws.forms import lookup
-from cluster.laws.isoflop import IsoFlop, isoflop
+from cluster.laws.isoflop import IsoFlop, groups, isoflop
 from cluster.laws.one_axis import broken, profile_floor
 from cluster.laws.optimise import Array
 from cluster.laws.records import DataProblem, Runs, listing, usable
 
 RATE_AXES = ("width", "depth", "horizon", "batch", "n")
 _LEVEL = 0.95
+_ALARM = "methods disagree"
 
 
 @dataclass
@@ -52,14 +55,15 @@ class Analysis:
         fits: by name, the primary one first.
         thetas: pairs-bootstrap parameters of the primary fit [S, P]; `block_thetas` over budgets; `noise_thetas` under the
             noise of the seeds, where cells have three or more.
-        target, per_pair: FLOPs to extrapolate to, and k of C = k N D.
-        transfers: axis -> verdict; `boundaries`: axis -> stability boundary.
+        target, per_pair: FLOPs to extrapolate to, and k of C = k N D; `counted`: k of the records' own FLOPs.
+        transfers: axis -> verdict; `boundaries`: axis -> stability boundaries, by the values of the other axes in words.
     """
 
     runs: Runs
     points: Runs
     target: float
     per_pair: float
+    counted: float
     fits: dict[str, Fit] = field(default_factory=dict)
     thetas: Array | None = None
     block_thetas: Array | None = None
@@ -69,8 +73,8 @@ class Analysis:
     iso: IsoFlop | None = None
     floor: dict[str, float | bool] | None = None
     tails: dict[str, float] = field(default_factory=dict)
-    transfers: dict[str, rates.Transfer] = field(default_factory=dict)
-    boundaries: dict[str, rates.Boundary] = field(default_factory=dict)
+    transfers: dict[str, rates.Verdict] = field(default_factory=dict)
+    boundaries: dict[str, dict[str, stability.Boundary]] = field(default_factory=dict)
     sensitivity: dict[str, dict[str, Any]] = field(default_factory=dict)
     seed_noise: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -98,9 +102,10 @@ def analyse(runs: Runs, options: Options | None = None) -> Analysis:
     warnings = list(runs.warnings)
     runs.warnings = []
     points = best_rates(runs, warnings)
-    per_pair = options.per_pair or _per_pair(points, warnings)
+    counted = _per_pair(points, warnings)
+    per_pair = options.per_pair or counted
     target = options.target or 10 * _largest(points, per_pair)
-    made = Analysis(runs, points, target, per_pair, warnings=warnings)
+    made = Analysis(runs, points, target, per_pair, counted, warnings=warnings)
     if "n" in points and "d" in points:
         made.seed_noise = uncertainty.seed_noise(
             _trained(points), [a for a in ("n", "d", "lr", "u", "h") if a in points]
@@ -224,9 +229,11 @@ def _resample(made: Analysis, options: Options) -> None:
     points = usable(made.points, found.law.axes_needed)
     budget = next((points[axis] for axis in ("budget", "c") if axis in points), None)
     if budget is not None:
-        labels = np.round(np.log(budget) / 0.1)
-        kinds, counts = np.unique(labels, return_counts=True)
-        if len(kinds) >= 4 and np.median(counts) >= 3:
+        rows = groups(budget)
+        labels = np.empty(len(budget))
+        for number, own in enumerate(rows):
+            labels[own] = number
+        if len(rows) >= 4 and np.median([len(own) for own in rows]) >= 3:
             made.block_thetas = uncertainty.blocks(found, labels, options.draws, options.seed)
     if made.seed_noise is not None and not found.raw:
         made.noise_thetas = uncertainty.noise(found, made.seed_noise, min(options.draws, 300), options.seed)
@@ -249,39 +256,92 @@ def _spread(made: Analysis) -> None:
     if found is None or not found.plannable:
         return
     thetas = made.thetas if found is made.primary and made.thetas is not None else uncertainty.pairs(found, 500)
-    extra = {} if made.iso is None else {"approach 2": made.iso.optimum(made.target)}
+    extra = {} if made.iso is None else {"approach 2": made.iso.optimum(made.target * made.counted / made.per_pair)}
     kept = usable(made.points, ("n", "d"))
     made.spread = uncertainty.model_spread(found, kept, made.target, thetas, per_pair=made.per_pair, extra=dict(extra))
     if made.spread.alarm:
-        made.warnings.append(f"methods disagree on N* at C={made.target:.3g}: {made.spread.alarm}")
+        made.warnings.append(f"{_ALARM} on N* at C={made.target:.3g}: {made.spread.alarm}")
+
+
+def recounted(made: Analysis, per_pair: float) -> Analysis:
+    """The analysis for another k of C = k N D: the laws stay, and what they say of a budget is made anew."""
+    kept = [text for text in made.warnings if not text.startswith(_ALARM)]
+    again = replace(made, per_pair=per_pair, spread=None, warnings=kept)
+    _spread(again)
+    return again
 
 
 def _rates(made: Analysis, options: Options) -> None:
-    runs = made.runs
-    if "lr" not in runs or len(np.unique(runs["lr"])) < 3:
+    if "lr" not in made.runs or len(np.unique(made.runs["lr"])) < 3:
         return
+    runs = rates.evidence(made.runs)
+    made.warnings += runs.warnings
     varied = [a for a in RATE_AXES if a in runs and len(np.unique(runs[a])) > 1]
     for axis in varied:
-        # Depth that goes with width parts no cells; what varies at one width does.
-        others = [a for a in RATE_AXES[:-1] if a in varied and a != axis] if axis != "n" else []
+        skipped: list[str] = []
         try:
-            found = rates.cells(runs, axis, others, initial_loss=options.initial_loss)
-            made.transfers[axis] = rates.transfer(found)
+            others = parting(runs, axis, varied)
+            found = rates.cells(runs, axis, others, initial_loss=options.initial_loss, skipped=skipped)
+            made.transfers[axis] = rates.verdict(found)
         except DataProblem as error:
             made.failed[f"rates over {axis}"] = str(error)
+            told = "".join(f"; left out, {text}" for text in skipped)
+            made.warnings.append(f"no verdict on learning rates over {axis}: {error}{told}")
             continue
+        if skipped:
+            made.warnings.append(f"learning rates over {axis}: left out, {'; '.join(skipped)}")
+        if alone := made.transfers[axis].alone:
+            made.warnings.append(f"learning rates over {axis}: no verdict where there is one size: {'; '.join(alone)}")
+        _boundaries(made, axis, found)
+        _sensitivity(made, found)
+
+
+def parting(runs: Runs, axis: str, varied: Sequence[str]) -> list[str]:
+    """The axes in which cells of `axis` must be alike to be compared. One that goes with `axis`, as depth goes with width in
+    a ladder of models, is a part of it."""
+    length = "horizon" if "horizon" in runs else "d"
+    sizes = [a for a in ("width", "depth") if a in varied] or ["n"]
+    known = [length, "batch"] if axis == "n" else [*sizes, length, "batch"]
+    return [other for other in known if other != axis and other in runs and not _goes_with(runs[axis], runs[other])]
+
+
+def _goes_with(axis: Array, other: Array) -> bool:
+    """Whether `other` has one value at each of `axis`, and rises or falls with it or has another one at each."""
+    places = [np.unique(other[axis == value]) for value in np.unique(axis[np.isfinite(axis)])]
+    if any(len(values) > 1 for values in places):
+        return False
+    steps = np.diff([values[0] for values in places])
+    return bool((steps >= 0).all() or (steps <= 0).all()) or len(np.unique(other)) == len(places)
+
+
+def _boundaries(made: Analysis, axis: str, found: Sequence[rates.Cell]) -> None:
+    for group, part in rates.grouped(found).items():
         try:
-            made.boundaries[axis] = rates.boundary(found)
+            made.boundaries.setdefault(axis, {})[group] = stability.boundary(part)
         except DataProblem as error:
-            made.failed[f"stability boundary over {axis}"] = str(error)
-        for cell in found:
-            initial = options.initial_loss or float(np.max(cell.loss[np.isfinite(cell.loss)]))
-            made.sensitivity[cell.name] = {
-                "S": rates.sensitivity(cell.loss, initial),
-                "clipped_at": initial,
-                "grid": cell.lr.tolist(),
-                "usable_decades": rates.usable_decades(cell.lr, cell.loss),
-            }
+            at = f"{axis} at {group}" if group else axis
+            made.failed[f"stability boundary over {at}"] = str(error)
+            made.warnings.append(f"no stability boundary over {at}: {error}")
+
+
+def _sensitivity(made: Analysis, found: Sequence[rates.Cell]) -> None:
+    guessed = []
+    for cell in found:
+        initial = cell.initial
+        if math.isnan(initial):
+            initial = float(np.max(cell.loss[np.isfinite(cell.loss)]))
+            guessed += [cell.name] if cell.diverged.any() else []
+        made.sensitivity[cell.name] = {
+            "S": stability.sensitivity(cell.loss, initial),
+            "clipped_at": initial,
+            "grid": cell.lr.tolist(),
+            "usable_decades": stability.usable_decades(cell.lr, cell.loss),
+        }
+    if guessed:
+        made.warnings.append(
+            "sensitivity S counts diverged runs at the worst loss of their cell, as the loss before training is not known (give "
+            f"--initial-loss, or a column initial_loss): {'; '.join(guessed)}"
+        )
 
 
 def loss_interval(made: Analysis, n: float, d: float, level: float = _LEVEL) -> tuple[float, float, float]:

@@ -61,6 +61,26 @@ def from_steps(batch: Array, steps: Array) -> CriticalBatch:
     return CriticalBatch(critical, least, (critical * math.exp(-half), critical * math.exp(half)), warnings)
 
 
+def from_gradients(
+    batches: tuple[float, float], small: Array, large: Array, draws: int = 1000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """The simple noise scale of steps with their |gradient|^2 at two batch sizes; and its 95% interval over resampled steps.
+
+    Raises:
+        ValueError: as `noise_scale`; norms that are not positive.
+    """
+    if not ((small > 0).all() and (large > 0).all() and np.isfinite(small + large).all()):
+        raise ValueError("squared gradient norms must be positive numbers")
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        picks = rng.integers(0, len(small), len(small))
+        signal, noise = _parts((batches[0], float(small[picks].mean())), (batches[1], float(large[picks].mean())))
+        found.append(noise / signal if signal > 0 else math.inf)
+    low, high = np.quantile(found, [0.025, 0.975], method="nearest")
+    value = noise_scale((batches[0], float(small.mean())), (batches[1], float(large.mean())))
+    return value, (max(float(low), 0.0), float(high))
+
+
 def noise_scale(small: tuple[float, float], large: tuple[float, float]) -> float:
     """Simple noise scale tr(Sigma)/|G|^2 from mean squared gradient norms at two batch sizes.
 
@@ -74,8 +94,7 @@ def noise_scale(small: tuple[float, float], large: tuple[float, float]) -> float
     (b_s, g_s), (b_l, g_l) = small, large
     if not 0 < b_s < b_l:
         raise ValueError(f"batch sizes {b_s:g} and {b_l:g}: the second must be larger")
-    signal = (b_l * g_l - b_s * g_s) / (b_l - b_s)
-    noise = (g_s - g_l) / (1 / b_s - 1 / b_l)
+    signal, noise = _parts(small, large)
     if signal <= 0 or noise < 0:
         raise ValueError(
             f"the gradient norms {g_s:.4g} and {g_l:.4g} show no signal above their noise: average over more steps"
@@ -83,6 +102,7 @@ def noise_scale(small: tuple[float, float], large: tuple[float, float]) -> float
     return noise / signal
 
 
-def scale_with_batch(batch: float, critical: float) -> float:
-    """Fraction of perfect scaling kept at a batch size: steps saved per sample spent, 1/(1 + B/B_crit)."""
-    return 1 / (1 + batch / critical)
+def _parts(small: tuple[float, float], large: tuple[float, float]) -> tuple[float, float]:
+    """|G|^2 and tr(Sigma)."""
+    (b_s, g_s), (b_l, g_l) = small, large
+    return (b_l * g_l - b_s * g_s) / (b_l - b_s), (g_s - g_l) / (1 / b_s - 1 / b_l)

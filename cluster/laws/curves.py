@@ -14,13 +14,18 @@ from datamodules.store import NotFound, Store
 
 
 def read_curves(source: str, columns: Mapping[str, str] | None = None, where: Sequence[str] = ()) -> list[Curve]:
-    """Curves from a table whose rows are points (run_id or n, c, loss; d, else c/(6n)), or from a folder of runs.
+    """Curves from a table whose rows are points (run_id or n, c, loss; d, else c/(6n)), or from a folder of runs, of which
+    those count that ended well.
 
     Raises:
-        DataProblem: nothing there, or a missing column.
+        DataProblem: nothing there, a missing column, or `columns` or `where` for a folder, which has no columns.
     """
     if source.rpartition(".")[2].lower() in ("csv", "json", "jsonl", "parquet"):
         return _from_table(source, dict(columns or {}), where)
+    if columns or where:
+        raise DataProblem(
+            "--curves: --column and --where choose from a table; for a folder of runs they have no effect"
+        )
     return _from_runs(source)
 
 
@@ -48,6 +53,8 @@ def _from_runs(source: str) -> list[Curve]:
             record: Mapping[str, Any] = read_record(run)
         except NotFound:
             continue
+        if record.get("status") != "ok":
+            continue
         steps, flops = record.get("steps"), record.get("flops")
         seen = record.get("tokens") or record.get("samples")
         if not (steps and flops and seen and record.get("parameters")):
@@ -57,5 +64,5 @@ def _from_runs(source: str) -> list[Curve]:
         loss = np.array([row["loss"] for row in rows])
         found.append(Curve(home or source, float(record["parameters"]), flops * part, seen * part, loss))
     if not found:
-        raise DataProblem(f"no finished runs with FLOPs and a loss curve below {source}")
+        raise DataProblem(f"no runs that ended well with FLOPs and a loss curve below {source}")
     return found

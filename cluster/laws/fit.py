@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from cluster.laws.records import DataProblem, Runs, usable
 
 DELTA = 1e-3  # of log loss: arXiv:2203.15556, appendix D.3
 _MOST_CONDITION = 1e10
+_LEAST_VALUES = 3  # of an axis: its coefficient, its exponent and the floor
 _SAME = 1e-4  # relative, of two objectives that count as one optimum
 
 
@@ -192,7 +192,7 @@ def fit(
         reached=reached,
         starts=len(initial),
         status=status,
-        warnings=[*runs.warnings, *design_warnings(kind.axes_needed, runs)],
+        warnings=[*runs.warnings, *design_warnings(kind, runs)],
     )
     _judge(found, strict)
     return found
@@ -317,10 +317,18 @@ def _enough(form: str, kind: type[Law], runs: Runs) -> None:
             )
 
 
-def design_warnings(axes: Sequence[str], runs: Runs) -> list[str]:
+def design_warnings(kind: type[Law], runs: Runs) -> list[str]:
     """What about the runs themselves leaves a law undetermined, however well it fits."""
     found = []
-    if {"n", "d"} <= set(axes):
+    values = {axis: len(np.unique(np.log(runs[axis]).round(9))) for axis in kind.axes_needed}
+    for exponent, axes in _exponents(kind).items():
+        if all(values[axis] < _LEAST_VALUES for axis in axes):
+            told = " and ".join(f"{axis} has {values[axis]} values" for axis in axes)
+            found.append(
+                f"{exponent} is not identified: {told}, and a coefficient, an exponent and the floor take three; vary "
+                f"{' or '.join(axes)}"
+            )
+    if {"n", "d"} <= set(kind.axes_needed):
         n, d = np.log(runs["n"]), np.log(runs["d"])
         if np.ptp(d - n) < math.log(1.5) < np.ptp(n):
             found.append(
@@ -329,6 +337,19 @@ def design_warnings(axes: Sequence[str], runs: Runs) -> list[str]:
         budget = n + d
         if np.ptp(budget) < math.log(1.5):
             found.append("all runs have one budget N*D: the law cannot be extrapolated to another")
+    return found
+
+
+def _exponents(kind: type[Law]) -> dict[str, tuple[str, ...]]:
+    """Exponent -> the axes that it is a power of, in a law with a floor."""
+    if "log_E" not in kind.names:
+        return {}
+    if not issubclass(kind, LogSum):
+        return {f"the exponent of {axis}": (axis,) for axis in kind.axes_needed}
+    found: dict[str, tuple[str, ...]] = {}
+    for _, powers in kind.terms:
+        for exponent, axis, _ in powers:
+            found[exponent] = tuple(dict.fromkeys((*found.get(exponent, ()), axis)))
     return found
 
 

@@ -93,7 +93,7 @@ def isoflop(
     axis = "budget" if "budget" in runs else "c"
     runs = usable(runs, (axis, "n"))
     warnings = list(runs.warnings)
-    budgets = [_budget(runs, rows, axis, neighbours, warnings, log_loss) for rows in _groups(runs[axis])]
+    budgets = [_budget(runs, rows, axis, neighbours, warnings, log_loss) for rows in groups(runs[axis])]
     if len(budgets) < 2:
         flops = f"C={budgets[0].flops:.3g}" if budgets else "none"
         raise DataProblem(f"approach 2 needs at least two budgets, the records have one ({flops})")
@@ -133,7 +133,7 @@ def isoflop(
     return IsoFlop(budgets, line, power_line(np.exp(x), np.exp(y)), level, warnings, samples)
 
 
-def _groups(flops: Array) -> list[Array]:
+def groups(flops: Array) -> list[Array]:
     """Rows of each budget: sorted budgets part where they differ by more than a rounding."""
     order = np.argsort(np.log(flops), kind="stable")
     cuts = np.flatnonzero(np.diff(np.log(flops)[order]) > _SAME_BUDGET) + 1

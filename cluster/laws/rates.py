@@ -1,4 +1,4 @@
-"""Learning-rate laws: the best rate of each cell, whether it transfers, and where training stops being stable.
+"""Learning-rate laws: the best rate of each cell, and whether it transfers (`stability`: where training stops being stable).
 
 A diverged run is an observation: its loss is at least the worst that its neighbours reached. A cell is a set of runs that
 differ in rate and seed only.
@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.laws.lines import PowerLine, excess_scatter, power_line
 from cluster.laws.optimise import Array
-from cluster.laws.records import DataProblem, Runs
+from cluster.laws.records import DataProblem, Runs, listing
 
 STUCK = 1.5  # times the cell's least loss: such a run learned nothing worth a quadratic
 
@@ -26,15 +26,18 @@ class Cell:
 
     Attributes:
         size: value of the axis that is studied.
+        others: axis -> value, of the further axes that part cells.
         name: all that tells the cell from others.
         lr, loss: rates tried, ascending, and the loss there (geometric mean over seeds; infinite where all diverged).
         diverged: rates at which a run diverged or never left the start.
         optimum: best rate; `interval` 95%; `best`: loss there.
         edge: "low" or "high" when the best rate is the first or last one tried with nothing diverged beyond it.
         stable: the largest rate that trained; `unstable`: the smallest beyond it that did not (infinite: none tried).
+        initial: loss before training; NaN: unknown.
     """
 
     size: float
+    others: dict[str, float]
     name: str
     lr: Array
     loss: Array
@@ -45,6 +48,12 @@ class Cell:
     edge: str
     stable: float
     unstable: float
+    initial: float = math.nan
+
+    @property
+    def group(self) -> str:
+        """The values of the further axes, in words."""
+        return _words(self.others)
 
     def loss_at(self, rate: float) -> float:
         """Loss at a rate, interpolated in logarithms; infinite beyond a diverged rate, NaN beyond the grid."""
@@ -82,36 +91,96 @@ class Transfer:
     cells: list[Cell] = field(default_factory=list)
 
 
-def cells(runs: Runs, axis: str, others: Sequence[str] = (), *, initial_loss: float | None = None) -> list[Cell]:
+@dataclass
+class Verdict:
+    """Whether the rate transfers over one axis: judged among cells that are alike in all others.
+
+    Attributes:
+        groups: values of the other axes, in words (empty: there are none) -> verdict there.
+        alone: those for which there is one size only, so that they say nothing.
+    """
+
+    groups: dict[str, Transfer]
+    alone: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return all(found.ok for found in self.groups.values())
+
+    @property
+    def reasons(self) -> list[str]:
+        return [f"{at}: {text}" if at else text for at, found in self.groups.items() for text in found.reasons]
+
+
+def evidence(runs: Runs) -> Runs:
+    """The runs that tell something of rates: those that trained or diverged. The others are named in a warning: a run that
+    was pruned or that failed ended for another reason, at a loss that says nothing of its rate."""
+    known = np.isfinite(runs["lr"]) & (runs["lr"] > 0)
+    told = np.array([status in ("ok", "", "diverged") for status in runs.status], dtype=bool)
+    warnings = list(runs.warnings)
+    if not told.all():
+        kinds = ", ".join(sorted({runs.status[i] for i in np.flatnonzero(~told)}))
+        warnings.append(f"learning rates: left out, status {kinds}: {listing(runs, ~told)}")
+    if not known.all():
+        warnings.append(f"learning rates: left out, no positive lr: {listing(runs, ~known)}")
+    kept = runs.keep(known & told)
+    kept.warnings = warnings
+    return kept
+
+
+def cells(
+    runs: Runs,
+    axis: str,
+    others: Sequence[str] = (),
+    *,
+    initial_loss: float | None = None,
+    skipped: list[str] | None = None,
+) -> list[Cell]:
     """Cells of equal `axis` and `others`, by size.
 
     Args:
-        runs: columns lr, loss, `axis`; diverged runs included, by status, by a loss that is not finite, or stuck.
+        runs: columns lr, loss, `axis`; diverged runs included, by status, by a loss that is not finite, or stuck; others that
+            did not end well are left out (see `evidence`).
         axis: width, depth, horizon, batch, n ...
         others: further columns that part cells.
-        initial_loss: loss before training: a run that ends above it diverged.
+        initial_loss: loss before training: a run that ends above it diverged. None: the column of that name, where there is
+            one.
+        skipped: gets what is wrong with a cell, which is then left out.
 
     Raises:
-        DataProblem: a cell with fewer than three rates, or none that trained.
+        DataProblem: a cell with fewer than three rates, or none that trained, unless there is `skipped`.
     """
+    runs = evidence(runs)
     keys = np.stack([runs[name] for name in (axis, *others)], axis=1)
     if not np.isfinite(keys).all():
         raise DataProblem(f"some runs have no {' or '.join((axis, *others))}")
     found = []
     for key in np.unique(keys, axis=0):
         part = runs.keep((keys == key).all(axis=1))
-        name = ", ".join(f"{k}={v:g}" for k, v in zip((axis, *others), key, strict=True))
-        found.append(_cell(part, float(key[0]), name, initial_loss))
+        try:
+            found.append(_cell(part, axis, dict(zip((axis, *others), map(float, key), strict=True)), initial_loss))
+        except DataProblem as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
     return found
 
 
-def _cell(part: Runs, size: float, name: str, initial_loss: float | None) -> Cell:
-    bad = np.array([status not in ("ok", "") for status in part.status]) | ~np.isfinite(part["loss"])
+def _words(values: dict[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in values.items())
+
+
+def _cell(part: Runs, axis: str, place: dict[str, float], given: float | None) -> Cell:
+    name = _words(place)
+    initial = math.nan if given is None else given
+    if given is None and "initial_loss" in part and np.isfinite(part["initial_loss"]).any():
+        initial = float(np.nanmax(part["initial_loss"]))
+    bad = np.array([status == "diverged" for status in part.status]) | ~np.isfinite(part["loss"])
     if bad.all():
         raise DataProblem(f"{name}: every run diverged; try lower rates")
     least = float(part["loss"][~bad].min())
     with np.errstate(invalid="ignore"):
-        bad |= part["loss"] > min(STUCK * least, initial_loss if initial_loss is not None else math.inf)
+        bad |= part["loss"] > min(STUCK * least, math.inf if math.isnan(initial) else initial)
     rates = np.unique(part["lr"])
     if len(rates) < 3:
         raise DataProblem(f"{name}: {len(rates)} learning rates; an optimum needs at least three")
@@ -129,7 +198,8 @@ def _cell(part: Runs, size: float, name: str, initial_loss: float | None) -> Cel
     trained = np.flatnonzero(~out)
     beyond = [i for i in range(len(rates)) if out[i] and i > trained[-1]]
     stable, unstable = float(rates[trained[-1]]), float(rates[beyond[0]]) if beyond else math.inf
-    return Cell(size, name, rates, loss, out, optimum, interval, floor, edge, stable, unstable)
+    size, others = place[axis], {key: value for key, value in place.items() if key != axis}
+    return Cell(size, others, name, rates, loss, out, optimum, interval, floor, edge, stable, unstable, initial)
 
 
 def _at_edge(rates: Array, loss: Array, best: int) -> tuple[float, tuple[float, float], float]:
@@ -185,16 +255,19 @@ def transfer(found: Sequence[Cell], *, slope: float = 0.1, regret: float = 0.005
     """Judges whether the best rate stays put as the size grows.
 
     Args:
-        found: cells of one axis.
+        found: cells of one axis, one a size.
         slope: largest |d ln rate / d ln size| that counts as none.
         regret: largest relative loss that keeping the smallest size's rate may cost at the largest.
 
     Raises:
-        DataProblem: fewer than two sizes.
+        DataProblem: fewer than two sizes, or two cells of one size.
     """
     ordered = sorted(found, key=lambda cell: cell.size)
-    if len({cell.size for cell in ordered}) < 2:
+    sizes = {cell.size for cell in ordered}
+    if len(sizes) < 2:
         raise DataProblem("a transfer verdict needs at least two sizes")
+    if len(sizes) < len(ordered):
+        raise DataProblem("cells of one size that differ otherwise have a verdict each: see `verdict`")
     base, last = ordered[0], ordered[-1]
     reasons = [
         f"{cell.name}: the best rate {cell.optimum:.3g} is at the {cell.edge} edge of its grid"
@@ -228,6 +301,28 @@ def transfer(found: Sequence[Cell], *, slope: float = 0.1, regret: float = 0.005
     return Transfer(not reasons, reasons, line, steps, lost, wider, curvature, held_out, ordered)
 
 
+def verdict(found: Sequence[Cell], **limits: float) -> Verdict:
+    """Judges the cells of one axis, those that are alike in all others among themselves; `limits`: of `transfer`.
+
+    Raises:
+        DataProblem: nowhere two sizes.
+    """
+    parts = grouped(found)
+    judged = {name: transfer(part, **limits) for name, part in parts.items() if len(part) > 1}
+    if not judged:
+        told = f" with the same {', '.join(found[0].others)}" if found and found[0].others else ""
+        raise DataProblem(f"a transfer verdict needs at least two sizes{told}")
+    return Verdict(judged, [name for name, part in parts.items() if len(part) == 1])
+
+
+def grouped(found: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells by the values of their further axes, in words."""
+    parts: dict[str, list[Cell]] = {}
+    for cell in found:
+        parts.setdefault(cell.group, []).append(cell)
+    return parts
+
+
 def _steps(ordered: Sequence[Cell]) -> int:
     """Grid steps between the best tried rates of the smallest and the largest size."""
     grid = np.unique(np.concatenate([cell.lr for cell in ordered]))
@@ -259,54 +354,3 @@ def _curvature(x: Array, y: Array) -> tuple[float, tuple[float, float]]:
         guess = np.polyval(np.polyfit(x[:-1] - x[0], y[:-1], degree), x[-1] - x[0])
         errors.append(abs(float(guess - y[-1])))
     return bend, (errors[0], errors[1])
-
-
-@dataclass
-class Boundary:
-    """eta_max = coefficient size^exponent; `open_cells` never diverged, so that they bound it from below only."""
-
-    line: PowerLine
-    open_cells: list[str]
-    contradicted: list[str]
-
-
-def boundary(found: Sequence[Cell]) -> Boundary:
-    """The stability boundary as a law of its own: each cell brackets it between its last stable and first unstable rate.
-
-    Raises:
-        DataProblem: fewer than two cells in which some rate diverged.
-    """
-    closed = [cell for cell in found if math.isfinite(cell.unstable)]
-    if len({cell.size for cell in closed}) < 2:
-        raise DataProblem(
-            f"a stability boundary needs diverged runs at two sizes or more, found them at {len(closed)}: try higher rates"
-        )
-    size = np.array([cell.size for cell in closed])
-    middle = np.array([math.sqrt(cell.stable * cell.unstable) for cell in closed])
-    std = np.array([math.log(cell.unstable / cell.stable) / math.sqrt(12) for cell in closed])
-    line = power_line(size, middle, std)
-    still = [cell for cell in found if not math.isfinite(cell.unstable)]
-    against = [cell.name for cell in still if cell.stable > line.at(cell.size)]
-    return Boundary(line, [cell.name for cell in still], against)
-
-
-def sensitivity(loss: Array, initial: float) -> float:
-    """LR sensitivity S: mean over the grid of min(loss, initial) minus the least loss (Wortsman et al., arXiv:2309.14322).
-
-    Depends on the grid: compare only over the same one. Diverged runs (NaN, infinite) count as `initial`, the loss before
-    training.
-    """
-    clipped = np.minimum(np.where(np.isnan(loss), np.inf, loss), initial)
-    return float(np.mean(clipped - clipped.min()))
-
-
-def usable_decades(lr: Array, loss: Array, within: float = 0.01) -> float:
-    """Decades of rate around the best one over which the loss stays within a part `within` of the least."""
-    best = int(np.nanargmin(np.where(np.isfinite(loss), loss, np.nan)))
-    good = loss <= loss[best] * (1 + within)
-    low = high = best
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high + 1 < len(lr) and good[high + 1]:
-        high += 1
-    return float(math.log10(lr[high] / lr[low]))

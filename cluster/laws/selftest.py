@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.laws import batch, rates, synthetic
+from cluster.laws import batch, rates, stability, synthetic
 from cluster.laws.allocation import allocate
 from cluster.laws.fit import FitError, fit, vpnls
 from cluster.laws.isoflop import isoflop
@@ -137,7 +137,9 @@ def learning_rates() -> Iterator[Check]:
     yield Check("rate that stays is accepted", float(still.ok), 1, 1)
     yield _near("slope of a shifting rate", moved.line.exponent if moved.line else math.nan, -0.5, 0.02)
     losses = np.array([3.0, 2.5, 2.2, 2.4, 3.4, np.inf, np.nan])
-    yield _near("LR sensitivity S", rates.sensitivity(losses, 5.0), np.mean([0.8, 0.3, 0, 0.2, 1.2, 2.8, 2.8]), 1e-12)
+    yield _near(
+        "LR sensitivity S", stability.sensitivity(losses, 5.0), np.mean([0.8, 0.3, 0, 0.2, 1.2, 2.8, 2.8]), 1e-12
+    )
     sizes = np.array([8.0, 16, 32, 64, 128])
     yield _near("critical batch", batch.from_steps(sizes, 1000 * (1 + 50 / sizes)).critical, 50.0, 1e-6)
     yield _near("noise scale", batch.noise_scale((8, 10 + 400 / 8), (64, 10 + 400 / 64)), 40.0, 1e-9)

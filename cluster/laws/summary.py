@@ -10,6 +10,7 @@ import numpy as np
 from cluster.laws import uncertainty
 from cluster.laws.allocation import allocate, interval
 from cluster.laws.analysis import Analysis, loss_interval
+from cluster.laws.rates import Transfer
 
 
 def to_json(made: Analysis) -> dict[str, Any]:
@@ -68,39 +69,46 @@ def to_json(made: Analysis) -> dict[str, Any]:
 
 def _rates_json(made: Analysis) -> dict[str, Any]:
     found: dict[str, Any] = {"sensitivity": made.sensitivity, "transfer": {}, "boundary": {}}
-    for axis, item in made.transfers.items():
+    for axis, verdict in made.transfers.items():
         found["transfer"][axis] = {
-            "transfers": item.ok,
-            "reasons": item.reasons,
-            "exponent": None if item.line is None else item.line.exponent,
-            "interval": None if item.line is None else (item.line.low, item.line.high),
-            "coefficient": None if item.line is None else item.line.coefficient,
-            "shift_steps": item.shift_steps,
-            "regret": item.regret,
-            "wider_is_better": item.wider_is_better,
-            "curvature": item.curvature,
-            "held_out_error": {"line": item.held_out[0], "parabola": item.held_out[1]},
-            "cells": [
-                {
-                    "cell": c.name,
-                    "size": c.size,
-                    "lr": c.optimum,
-                    "interval": c.interval,
-                    "loss": c.best,
-                    "edge": c.edge,
-                }
-                for c in item.cells
-            ],
+            "transfers": verdict.ok,
+            "reasons": verdict.reasons,
+            "groups": [{"at": name, **_transfer_json(item)} for name, item in verdict.groups.items()],
+            "one_size_only": verdict.alone,
         }
-    for axis, bound in made.boundaries.items():
-        found["boundary"][axis] = {
-            "exponent": bound.line.exponent,
-            "interval": (bound.line.low, bound.line.high),
-            "coefficient": bound.line.coefficient,
-            "never_diverged": bound.open_cells,
-            "contradicted_by": bound.contradicted,
-        }
+    for axis, bounds in made.boundaries.items():
+        found["boundary"][axis] = [
+            {
+                "at": name,
+                "exponent": bound.line.exponent,
+                "interval": (bound.line.low, bound.line.high),
+                "coefficient": bound.line.coefficient,
+                "never_diverged": bound.open_cells,
+                "contradicted_by": bound.contradicted,
+            }
+            for name, bound in bounds.items()
+        ]
     return found
+
+
+def _transfer_json(item: Transfer) -> dict[str, Any]:
+    cells = [
+        {"cell": c.name, "size": c.size, "lr": c.optimum, "interval": c.interval, "loss": c.best, "edge": c.edge}
+        for c in item.cells
+    ]
+    return {
+        "transfers": item.ok,
+        "reasons": item.reasons,
+        "exponent": None if item.line is None else item.line.exponent,
+        "interval": None if item.line is None else (item.line.low, item.line.high),
+        "coefficient": None if item.line is None else item.line.coefficient,
+        "shift_steps": item.shift_steps,
+        "regret": item.regret,
+        "wider_is_better": item.wider_is_better,
+        "curvature": item.curvature,
+        "held_out_error": {"line": item.held_out[0], "parabola": item.held_out[1]},
+        "cells": cells,
+    }
 
 
 def plain(value: Any) -> Any:

@@ -15,8 +15,6 @@ from cluster.laws.fit import Fit, FitError, fit, vpnls
 from cluster.laws.optimise import Array
 from cluster.laws.records import DataProblem, Runs
 
-Quantity = Callable[[dict[str, Array]], Array]
-
 
 @dataclass
 class Influence:

@@ -152,9 +152,10 @@ def influence(made: Analysis, most: int = 15) -> str:
     return svg[0]
 
 
-def transfer_curves(axis: str, found: Transfer) -> str:
-    """Loss against learning rate, one curve a cell; crosses: diverged; stars: optima; and the optima against size."""
-    with drawing(f"laws-transfer-{axis}", 8.6, 3.6, whole=False) as (figure, svg):
+def transfer_curves(axis: str, found: Transfer, name: str) -> str:
+    """Loss against learning rate, one curve a cell; crosses: diverged; stars: optima; and the optima against size. `name`
+    tells the figure from others of its page."""
+    with drawing(f"laws-transfer-{name}", 8.6, 3.6, whole=False) as (figure, svg):
         left, right = figure.subplots(1, 2, width_ratios=[2, 1])
         highest = max(float(cell.loss[np.isfinite(cell.loss)].max()) for cell in found.cells)
         for cell, colour in zip(found.cells, _colours(len(found.cells)), strict=True):

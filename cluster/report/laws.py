@@ -110,21 +110,27 @@ def _methods(summary: dict[str, Any]) -> str:
 
 
 def _rates(made: Analysis) -> str:
-    parts = []
-    for axis, found in made.transfers.items():
-        verdict = "transfers" if found.ok else "does not transfer: " + "; ".join(found.reasons)
-        parts.append(figure(law_plots.transfer_curves(axis, found), f"Over {axis} the rate {verdict}."))
+    parts: list[str] = []
+    for axis, verdict in made.transfers.items():
+        for group, found in verdict.groups.items():
+            at = f" at {group}" if group else ""
+            said = "transfers" if found.ok else "does not transfer: " + "; ".join(found.reasons)
+            name = f"{axis}-{len(parts)}" if group else axis
+            parts.append(figure(law_plots.transfer_curves(axis, found, name), f"Over {axis}{at} the rate {said}."))
+            rows = [
+                [c.name, number(c.optimum), _band(c.interval), number(c.stable), number(c.unstable), c.edge]
+                for c in found.cells
+            ]
+            heads = ["cell", "best rate", "interval", "largest stable", "smallest unstable", "edge of the grid"]
+            parts.append(table(heads, rows))
         rows = [
-            [c.name, number(c.optimum), _band(c.interval), number(c.stable), number(c.unstable), c.edge]
-            for c in found.cells
+            [
+                f"largest stable rate ~ {axis}^{bound.line.exponent:.3f}" + (f" at {group}" if group else ""),
+                _band((bound.line.low, bound.line.high)),
+            ]
+            for group, bound in made.boundaries.get(axis, {}).items()
         ]
-        parts.append(
-            table(["cell", "best rate", "interval", "largest stable", "smallest unstable", "edge of the grid"], rows)
-        )
-        bound = made.boundaries.get(axis)
-        if bound is not None:
-            line = bound.line
-            rows = [[f"largest stable rate ~ {axis}^{line.exponent:.3f}", _band((line.low, line.high))]]
+        if rows:
             parts.append(table(["stability boundary", "95% interval of the exponent"], rows))
     rows = [
         [name, f"{item['S']:.4g}", number(item["usable_decades"]), ", ".join(f"{lr:.2g}" for lr in item["grid"])]

@@ -13,6 +13,7 @@ Below the sweep's URL lie
 
 - `sweep.json`                the config, and which table is the present one
 - `tables/<hash>.jsonl`       a table: the base config, then one line per row
+- `added/<hash>/NNNNNNNN.json`  the rows that drivers add while they run, over the base of that hash, one order for all
 - `claims/NNNNNNNN.json`      the log of claims
 - `owners/<driver>.json`      heartbeats; `owners/<driver>.dead` fences a driver that was given up
 - `records/*.jsonl`           results, one line per row, compacted now and then

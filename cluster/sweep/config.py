@@ -223,7 +223,6 @@ _SECTIONS = {
     "adaptive": AdaptiveConfig,
     "population": PopulationConfig,
 }
-_FREE = ("base", "settings", "grid", "zip")  # hold axes and expressions, which are looked at in `space`
 
 
 @dataclass

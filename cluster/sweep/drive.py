@@ -15,6 +15,7 @@ import sys
 from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_USER_ERROR
 from cluster.sweep.claims import Lost
 from cluster.sweep.executor import open_executor
+from cluster.sweep.suggest import to_suggest
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row, Table, read_table
 from datamodules.store import Store
@@ -33,8 +34,8 @@ def drive(table: Table, executor: str, workers: int = 0, *, retry: bool = False)
     made = open_executor(executor, workers)
     sweep = Sweep(table, retry=retry)
     rows = sweep.missing()
-    made.check(sweep, rows)
-    if rows or table.sweep["tune"]["search"]:
+    if rows or to_suggest(table):
+        made.check(sweep, rows)
         with sweep, sweep.listening():
             made.run(sweep, rows)
             # Rows of a driver that has died since.

@@ -22,8 +22,6 @@ from trainer.records import decode, encode, read_record
 
 Result = dict[str, Any]
 
-FINAL = ("ok", "diverged", "pruned", "failed")
-
 _MOST = 64  # objects before they are put together
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,10 @@ def points(config: SweepConfig) -> list[Point]:
         parts.append(_draws(config))
     if not parts:
         raise ConfigError("the sweep has no axes: give grid, zip or random")
-    return [{name: value for part in combination for name, value in part.items()} for combination in _product(parts)]
+    return [
+        {name: value for part in combination for name, value in part.items()}
+        for combination in itertools.product(*parts)
+    ]
 
 
 def values(name: str, axis: Any) -> list[Any]:
@@ -66,10 +69,6 @@ def number(value: Any) -> Any:
 def rounded(value: float) -> float:
     """A computed value with as many digits as people write."""
     return float(f"{value:.6g}")
-
-
-def _product(parts: Sequence[list[Point]]) -> Iterator[tuple[Point, ...]]:
-    return itertools.product(*parts)
 
 
 def _zipped(index: int, group: Mapping[str, Any]) -> list[Point]:

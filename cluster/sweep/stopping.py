@@ -8,18 +8,15 @@ import os
 from collections.abc import Mapping
 
 from datamodules.store import NotFound, Store
-from trainer.callbacks.pruning import JUDGE, JUDGE_SETTINGS
+from trainer.callbacks.pruning import JUDGE_SETTINGS
 from trainer.config import ConfigError
 from trainer.schema import RunConfig
 
 STOP = "stop.json"
 
-# The environment of a worker that asks its own run's store whether to end (see `prune`).
-ASKED = {JUDGE: "cluster.sweep.stopping:asked"}
-
 
 def prune(store: Store, why: str) -> None:
-    """Tells the run in `store`, whose workers have `ASKED` in their environment, to end at its next validation."""
+    """Tells the run in `store`, whose judge reads it (`asked`), to end at its next validation."""
     store.write_json(STOP, {"why": why})
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cluster.sweep.results import Result
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.table import Row, read_table
+from cluster.sweep.table import Row, Table
 
 log = logging.getLogger("keel.sweep")
 
@@ -32,10 +32,6 @@ class Source(Protocol):
         """The result of a row; None where it was given back."""
         ...
 
-    def finish(self) -> None:
-        """No trial runs any more."""
-        ...
-
 
 class TableRows:
     """The rows of the table, in their order; those that were interrupted come again."""
@@ -56,17 +52,18 @@ class TableRows:
         if result is None:
             self.waiting.append(row)
 
-    def finish(self) -> None: ...
-
 
 class Suggested:
     """Rows that a searcher of Tune suggests, `random.samples` in all, from the axes of `random`.
 
-    Suggestions become rows of the table like any others. A new driver tells a fresh searcher the results that there are,
+    Suggestions become rows of the table like any others, by a log that all drivers append to on the condition that nobody
+    else has: so none is lost, and together they make as many as were asked for. A new driver tells a fresh searcher the results that there are,
     so the searcher's own state may be lost. A run that diverged counts as an infinite loss.
     """
 
     def __init__(self, sweep: Sweep) -> None:
+        from ray.tune.search import Searcher
+
         from cluster.sweep.config import load
         from cluster.sweep.expand import Maker
         from cluster.sweep.tune import named
@@ -74,7 +71,7 @@ class Suggested:
         self.sweep, self.config = sweep, load(sweep.options)
         self.maker, self.metric = Maker(self.config), self.config.objective
         chosen = self.config.tune
-        cls = named(SEARCHERS.get(chosen.search, chosen.search), "tune.search")
+        cls = named(SEARCHERS.get(chosen.search, chosen.search), "tune.search", Searcher)
         try:
             self.searcher = cls(**chosen.search_options)
         except (TypeError, ImportError, AssertionError) as error:
@@ -82,31 +79,34 @@ class Suggested:
         self.searcher.set_search_properties(self.metric, "min", space(self.config.random.axes))
         self.own: dict[str, Row] = {}
         self._names: dict[str, str] = {}  # trial -> what the searcher calls it
+        self._entries = 0
+        self._read()
         self._recall()
 
     @property
     def left(self) -> int:
         """How many suggestions are still to be made."""
-        rows = [row for row in self.sweep.table.rows if row.extra == EXTRA]
-        return self.config.random.samples - len(rows)
+        return to_suggest(self.sweep.table)
 
     @property
     def over(self) -> bool:
         """Whether all suggestions were made, and done."""
-        return self.left <= 0 and not any(row.extra == EXTRA for row in self.sweep.missing())
+        return not self.left and not any(row.extra == EXTRA for row in self.sweep.missing())
 
     def next(self, trial: str) -> Row | None:
         for row in [row for row in self.sweep.missing() if row.extra == EXTRA]:  # of a driver that was killed
             if self.sweep.claim([row]):
                 return row
         repeats = 0
-        while self.left > 0 and repeats < 100:
+        while self.left and repeats < 100:
             name = f"{trial}-{repeats}"
             point = self.searcher.suggest(name)
             if not isinstance(point, dict):
                 return None
             row = self.maker.row({axis: point[axis] for axis in self.config.random.axes}, EXTRA)
-            self._add(row)
+            if not self._add(row):
+                self._tell(name, None)
+                return None
             if self.sweep.claim([row]):
                 self.own[trial] = row
                 self._names[trial] = name
@@ -124,10 +124,6 @@ class Suggested:
             del self.own[trial]
             self._tell(self._names[trial], result)
 
-    def finish(self) -> None:
-        for row in self.own.values():
-            self._add(row)
-
     def _tell(self, name: str, result: Result | None) -> None:
         value = loss_of(result)
         self.searcher.on_trial_complete(name, None if value is None else {self.metric: value}, error=value is None)
@@ -144,14 +140,32 @@ class Suggested:
                 log.warning("%s cannot be told of earlier results: it starts anew", type(self.searcher).__name__)
                 return
 
-    def _add(self, row: Row) -> None:
-        """Adds a row to the table in the store, beside those that other drivers have added meanwhile."""
+    def _read(self) -> None:
+        """Takes up the rows that other drivers have added since."""
+        rows = self.sweep.table.added(self.sweep.store, self._entries)
+        self._entries += len(rows)
+        self.sweep.table = self.sweep.table.with_rows(rows)
+
+    def _add(self, row: Row) -> bool:
+        """Adds a row to the table of all drivers, unless it is there; False where the others have made all suggestions."""
         while True:
-            present = read_table(self.sweep.store)
-            self.sweep.table = self.sweep.table.with_rows(present.rows).with_rows([row])
-            if row.id in present.by_id:
-                return
-            self.sweep.table.save(self.sweep.store)
+            self._read()
+            if row.id in self.sweep.table.by_id:
+                return True
+            if not self.left:
+                return False
+            if self.sweep.table.add(self.sweep.store, self._entries, row):
+                self._entries += 1
+                self.sweep.table = self.sweep.table.with_rows([row])
+                return True
+
+
+def to_suggest(table: Table) -> int:
+    """How many rows are still to be suggested; none where the sweep has no search."""
+    if not table.sweep["tune"]["search"]:
+        return 0
+    made = sum(row.extra == EXTRA for row in table.rows)
+    return max(0, int(table.sweep["random"]["samples"]) - made)
 
 
 def loss_of(result: Result | None) -> float | None:

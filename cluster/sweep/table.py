@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from datamodules.store import NotFound, Store, join_url
+from datamodules.store import NotFound, Store, canonical_json, join_url
 from trainer import config as configs
 from trainer.schema import RunConfig
 
@@ -33,7 +34,7 @@ class Row:
         flops: of the whole run, by the convention of `trainer.flops`.
         nodes, processes: machines, and processes on each.
         threads: of each process; 0 where the config leaves it open.
-        extra: added by the sweep itself: `edge` or `design`; empty for rows of the config.
+        extra: added by the sweep itself: `edge`, `design` or `search`; empty for rows of the config.
     """
 
     id: str
@@ -104,6 +105,20 @@ class Table:
         new = {row.id: row for row in more if row.id not in self.by_id}
         return Table(self.url, self.name, self.base, self.sweep, [*self.rows, *new.values()])
 
+    def added(self, store: Store, since: int = 0) -> list[Row]:
+        """The rows that drivers have added while they ran, from the entry `since` on, in their order."""
+        names = store.list(self._additions)[since:]
+        with ThreadPoolExecutor(max_workers=16) as pool:  # latency, not bandwidth, dominates
+            return [Row(**found) for found in pool.map(store.read_json, names)]
+
+    def add(self, store: Store, entry: int, row: Row) -> bool:
+        """Adds a row as that entry; False where another driver has made it first."""
+        return store.create(f"{self._additions}/{entry:08d}.json", canonical_json(dataclasses.asdict(row)))
+
+    @property
+    def _additions(self) -> str:
+        return f"added/{hashlib.sha256(canonical_json(self.base)).hexdigest()[:16]}"  # of this base: rows are over it
+
     def encode(self) -> bytes:
         """One line about the sweep, then one per row."""
         head = {"name": self.name, "base": self.base, "sweep": self.sweep}
@@ -124,7 +139,7 @@ class Table:
 
 
 def read_table(store: Store) -> Table:
-    """The present table of the sweep in `store`.
+    """The present table of the sweep in `store`, with the rows that drivers have added since.
 
     Raises:
         ConfigError: there is no sweep.
@@ -136,7 +151,8 @@ def read_table(store: Store) -> Table:
             f"no sweep at {store.url}: it has no {POINTER}; `keel sweep run` starts one"
         ) from error
     head, *rows = (json.loads(line) for line in store.read(f"tables/{digest}.jsonl").splitlines())
-    return Table(store.url, head["name"], head["base"], head["sweep"], [Row(**row) for row in rows])
+    table = Table(store.url, head["name"], head["base"], head["sweep"], [Row(**row) for row in rows])
+    return table.with_rows(table.added(store))
 
 
 def base_config(base: Mapping[str, Any], url: str) -> RunConfig:

@@ -85,7 +85,7 @@ class Tune:
         inside = scheduler(sweep.options)
         with tempfile.TemporaryDirectory(prefix="keel-tune-", ignore_cleanup_errors=True) as folder:
             tuner = tune.Tuner(
-                tune.with_resources(_named(name), resources=_placement),
+                tune.with_resources(_named(name), resources=placement),
                 tune_config=tune.TuneConfig(
                     metric=sweep.options["objective"],
                     mode="min",
@@ -104,7 +104,6 @@ class Tune:
                 ),
             )
             tuner.fit()
-        source.finish()
 
     def _packs(self, sweep: Sweep, count: int) -> list[int]:
         """Many tiny cells per actor: each is a driver of its own, which claims what it does. Their exit codes."""
@@ -185,7 +184,7 @@ def scheduler(options: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: unknown, options that it does not take, or one that pauses trials or copies their weights.
     """
-    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     name = options["tune"]["scheduler"]
     if not name:
@@ -193,7 +192,7 @@ def scheduler(options: Mapping[str, Any]) -> Any:
     given = {**_DEFAULTS.get(name, {}), **options["tune"]["scheduler_options"]}
     if "." not in name and name not in SCHEDULERS:
         raise ValueError(f"tune.scheduler={name}: choose one of {', '.join(SCHEDULERS)}, or a class as module:Class")
-    cls = named(SCHEDULERS.get(name, name), "tune.scheduler")
+    cls = named(SCHEDULERS.get(name, name), "tune.scheduler", TrialScheduler)
     if "time_attr" in inspect.signature(cls).parameters:
         given = {"time_attr": "step", **given}
     try:
@@ -202,13 +201,22 @@ def scheduler(options: Mapping[str, Any]) -> Any:
         raise ValueError(f"tune.scheduler_options: {error}") from error
 
 
-def named(text: str, key: str) -> Any:
-    """A class written as module:Class. Raises ValueError where there is none."""
+def named(text: str, key: str, kind: type) -> Any:
+    """A class of that kind written as module:Class.
+
+    Raises:
+        ValueError: there is none, or it is of another kind, such as a Trainer of Ray Train, which no Tuner takes any more.
+    """
     module, _, attribute = text.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{key}={text}: no such class ({error}); write it as module:Class") from error
+    if not (inspect.isclass(cls) and issubclass(cls, kind)):
+        raise ValueError(
+            f"{key}={text} is no {kind.__name__} of Ray Tune; what trains a row is Keel's own, by the row's config"
+        )
+    return cls
 
 
 def _forgotten(self: Any) -> tuple[Any, ...]:
@@ -301,7 +309,7 @@ def _searcher(sweep: Sweep, source: Source, board: str) -> Any:
             return {
                 "run": sweep.table.run_url(row),
                 "command": sweep.job(row),
-                "environment": {**sweep.environment(row), **tune_trial.JUDGED, **_threads(row)},
+                "environment": environment(sweep, row),
                 "nodes": row.nodes,
                 "bundles": bundles(sweep, row),
                 "board": board,
@@ -333,11 +341,17 @@ def _searcher(sweep: Sweep, source: Source, board: str) -> Any:
     return Rows()
 
 
-def _threads(row: Row) -> dict[str, str]:
-    return {} if row.threads else {"OMP_NUM_THREADS": "1"}
+def environment(sweep: Sweep, row: Row) -> dict[str, str]:
+    """What the workers of a row find in their environment. Where Tune is to hear of each validation, its judge asks that of
+    the sweep's `stop` section in turn."""
+    found = {**sweep.environment(row), **({} if row.threads else {"OMP_NUM_THREADS": "1"})}
+    if sweep.options["tune"]["scheduler"] or sweep.options["tune"]["search"]:
+        found |= tune_trial.JUDGED
+    return found
 
 
-def _placement(config: dict[str, Any]) -> Any:
+def placement(config: dict[str, Any]) -> Any:
+    """What Tune reserves for a row before its trial starts: all that it needs, or nothing."""
     from ray.tune import PlacementGroupFactory
 
     return PlacementGroupFactory(config["bundles"], strategy="STRICT_SPREAD" if config["nodes"] > 1 else "PACK")

@@ -20,11 +20,12 @@ from typing import Any
 
 from cluster.launch import PARENT_PID
 from cluster.launch.local import _ROOT
-from cluster.sweep.stopping import asked
+from cluster.sweep.stopping import asked, halving
 from datamodules.store import Store
+from trainer.callbacks.pruning import JUDGE, JUDGE_SETTINGS
 from trainer.records import decode, encode
 
-JUDGED = {"KEEL_JUDGE": "cluster.sweep.tune_trial:judge"}
+JUDGED = {JUDGE: "cluster.sweep.tune_trial:judge"}
 CODE, SAID = "keel_code", "keel_said"  # in a trial's last result: how its node ended
 
 _FOLDER = "reports"
@@ -33,9 +34,11 @@ _LOST_S = 60.0  # so long the other nodes may take to end once the first one has
 
 
 def judge(store: Store, step: int, metrics: Mapping[str, float]) -> str | None:
-    """Leaves the metrics for the trial, and says whether the scheduler has stopped the run since the last time."""
+    """Leaves the metrics for the trial, and says whether the scheduler has stopped the run since the last time, or the
+    sweep's `stop` section stops it now."""
     store.write(f"{_FOLDER}/{step:09d}.json", encode({"step": step, **metrics}))
-    return asked(store, step, metrics)
+    why = asked(store, step, metrics)
+    return halving(store, step, metrics) if why is None and JUDGE_SETTINGS in os.environ else why
 
 
 def trial(config: dict[str, Any]) -> None:

@@ -12,17 +12,23 @@ from typing import Any
 import pytest
 import yaml
 from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
-from cluster.sweep.config import load
+from cluster.sweep.config import load, to_dict
+from cluster.sweep.drive import drive as drive_table
 from cluster.sweep.expand import expand
-from cluster.sweep.results import read_results
+from cluster.sweep.results import failed, read_results
+from cluster.sweep.suggest import Suggested
 from cluster.sweep.sweep import Sweep
-from cluster.sweep.tune import Tune, bundles, scheduler
+from cluster.sweep.table import Row, read_table
+from cluster.sweep.tune import Tune, bundles, environment, placement, scheduler
+from cluster.sweep.tune_trial import judge
 from datamodules.store import Store
 from tests.cluster.sweep.conftest import children
 from tests.helpers.ray import RayCluster
 from tests.helpers.runs import lm_config, tiny_text
 from tests.helpers.slurm import wait_until
+from trainer.callbacks.pruning import JUDGE, JUDGE_SETTINGS
 from trainer.records import decode
 
 
@@ -31,6 +37,18 @@ class StopAtOnce(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return self.STOP
+
+
+class Counting(Searcher):
+    """A searcher whose suggestions never repeat, in this process."""
+
+    count = 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        type(self).count += 1
+        return {"optim.lr": 1e-4 * self.count}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +180,131 @@ def test_a_row_asks_for_all_that_it_needs_at_once(data: str, tmp_path: Path) -> 
     )
     table = expand(load(config))
     sweep = Sweep(table)
-    assert bundles(sweep, table.rows[0]) == [{"CPU": 2.0}, {"CPU": 2.0}]
+    needs = bundles(sweep, table.rows[0])
+    assert needs == [{"CPU": 2.0}, {"CPU": 2.0}]
+    asked = placement({"bundles": needs, "nodes": 2})
+    assert (asked.bundles, asked.strategy) == (needs, "STRICT_SPREAD")
+
+
+def test_rows_of_mixed_sizes_cannot_be_oversubscribed_or_block_each_other(
+    data: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Rows of 1, 2 and 4 CPUs on 4: each asks for one bundle with all of its CPUs, the trial's own process among them, so
+    that it holds nothing while it waits; and none is refused but one that could never run."""
+    sizes = {"resources.processes_per_node": [1, 2, 4], "seed": [0, 1, 2]}
+    config = sweep_of(tmp_path, data, zip=[sizes])
+    table = expand(load(config))
+    sweep = Sweep(table)
+    asked = [placement({"bundles": bundles(sweep, row), "nodes": row.nodes}) for row in table.rows]
+    assert [one.bundles for one in asked] == [[{"CPU": 1.0}], [{"CPU": 2.0}], [{"CPU": 4.0}]]
+    assert [one.required_resources["CPU"] for one in asked] == [1.0, 2.0, 4.0] and asked[0].strategy == "PACK"
+    assert not any(one.head_bundle_is_empty for one in asked)  # or the trial would run where nothing is reserved
+    tune = Tune(0)
+    monkeypatch.setattr(tune, "_connect", lambda: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    tune.check(sweep, table.rows)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2)
+    with pytest.raises(ValueError, match=r"needs 1 nodes with 4 CPU each; the Ray cluster has 2 CPU; 2 CPU"):
+        tune.check(sweep, table.rows)
+
+
+def test_a_tuner_over_a_trainer_of_ray_train_cannot_be_asked_for(data: str, tmp_path: Path) -> None:
+    """Tune fails at it with "Improper 'run' - not string nor trainable". Trials here are functions; what else takes a class
+    of Ray's says which kind it must be."""
+    trainer = "ray.train.torch:TorchTrainer"
+    grid = {"optim.lr": [1e-3]}
+    options = to_dict(load(sweep_of(tmp_path, data, grid=grid, tune={"scheduler": trainer})))
+    with pytest.raises(
+        ValueError, match=r"tune\.scheduler=ray\.train\.torch:TorchTrainer is no TrialScheduler of Ray Tune"
+    ):
+        scheduler(options)
+    drawn = {"samples": 1, "axes": {"optim.lr": {"choice": [1e-3]}}}
+    table = expand(load(sweep_of(tmp_path, data, random=drawn, tune={"search": trainer})))
+    with pytest.raises(ValueError, match=r"tune\.search=ray\.train\.torch:TorchTrainer is no Searcher of Ray Tune"):
+        Suggested(Sweep(table))
+    with pytest.raises(ValueError, match=r"executor=ray\.train\.torch:TorchTrainer: must be one of local, packed, ray"):
+        load(sweep_of(tmp_path, data, grid=grid) | {"executor": trainer})
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_the_stop_section_is_asked_under_ray_too(data: str, tmp_path: Path, monkeypatch: Any, search: bool) -> None:
+    """By itself, and by the judge that tells a searcher of each validation."""
+    axes = {"grid": {"optim.lr": [1e-3, 2e-3]}}
+    if search:
+        axes = {"random": {"samples": 2, "axes": {"optim.lr": {"choice": [1e-3]}}}, "tune": {"search": "optuna"}}
+    table = expand(load(sweep_of(tmp_path, data, stop={"first": 2, "factor": 2}, grid={"optim.lr": [1e-3, 2e-3]})))
+    table.sweep = to_dict(load(sweep_of(tmp_path, data, stop={"first": 2, "factor": 2}, **axes)))
+    sweep = Sweep(table)
+    found = [environment(sweep, row) for row in table.rows]
+    if not search:
+        assert all(one[JUDGE] == "cluster.sweep.stopping:halving" for one in found)
+        return
+    said = []
+    for row, one in zip(table.rows, found, strict=True):
+        assert one[JUDGE] == "cluster.sweep.tune_trial:judge"
+        monkeypatch.setenv(JUDGE_SETTINGS, one[JUDGE_SETTINGS])
+        run = Store(table.run_url(row))
+        said.append(judge(run, 2, {"val/loss": 1.0 + len(said)}))
+        assert run.list("reports")
+    assert said[0] is None and said[1] == "val/loss=2 at step 2: 1 of 2 runs were better"
+
+
+def test_no_judge_where_nobody_asks(data: str, tmp_path: Path) -> None:
+    table = expand(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]})))
+    assert JUDGE not in environment(Sweep(table), table.rows[0])
+
+
+def test_two_searches_at_once_lose_no_row_and_make_no_more_than_were_asked_for(data: str, tmp_path: Path) -> None:
+    """The second driver suggests between what the first one reads and what it then writes."""
+    axes = {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}
+    config = sweep_of(
+        tmp_path, data, random={"samples": 3, "axes": axes}, tune={"search": f"{__name__}:{Counting.__name__}"}
+    )
+    store = Store(config["url"])
+    expand(load(config)).save(store)
+    made: list[Row | None] = []
+    with Sweep(read_table(store)) as one, Sweep(read_table(store)) as two:
+        first, second = Suggested(one), Suggested(two)
+        create = one.store.create
+
+        def interrupted(path: str, content: bytes) -> bool:
+            if not made and path.partition("/")[0] in ("added", "tables"):
+                made.append(second.next("b0"))
+            return create(path, content)
+
+        one.store.create = interrupted  # type: ignore[method-assign]
+        made.append(first.next("a0"))
+        assert {row.id for row in read_table(store).rows} == {row.id for row in made if row} and len(made) == 2
+        made.append(second.next("b1"))
+        assert first.next("a1") is None and second.next("b2") is None
+        assert [row.id for row in read_table(store).rows] == [row.id for row in made if row]
+        assert len(made) == 3 and not first.over
+    other = Sweep(expand(load({**config, "base": {**config["base"], "seed": 8}})))
+    assert Suggested(other).left == 3  # of another base
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_finished_sweep_starts_no_ray(data: str, tmp_path: Path, monkeypatch: Any, search: bool) -> None:
+    axes: dict[str, Any] = {"grid": {"optim.lr": [1e-3]}}
+    if search:
+        drawn = {"samples": 1, "axes": {"optim.lr": {"choice": [1e-3]}}}
+        axes = {"random": drawn, "tune": {"search": f"{__name__}:{Counting.__name__}"}}
+    table = expand(load(sweep_of(tmp_path, data, **axes)))
+    table.save(Store(table.url))
+    started: list[bool] = []
+    monkeypatch.setattr(Tune, "_connect", lambda self: started.append(True) or sys.exit("Ray was started"))
+    with pytest.raises(SystemExit):
+        drive_table(table, "ray")
+    if search:
+        with Sweep(table) as sweep:
+            assert Suggested(sweep).next("a0") is not None
+        table = read_table(Store(table.url))
+    Sweep(table).results.add([failed(row, "for some reason") for row in table.rows])
+    assert drive_table(table, "ray") == 0 and len(started) == 1
 
 
 def test_bad_schedulers(data: str, tmp_path: Path) -> None:
     def options(**tune: Any) -> dict[str, Any]:
-        from cluster.sweep.config import to_dict
-
         return to_dict(load(sweep_of(tmp_path, data, grid={"optim.lr": [1e-3]}, tune=tune)))
 
     with pytest.raises(ValueError, match=r"tune\.scheduler=ahsa: choose one of asha, hyperband, median"):

@@ -31,6 +31,9 @@ class Depth(Part):
     """With l the ratio of depths and p the exponent: branches l^-p, rates l^(p-1) with Adam and l^(2p-1) with SGD.
 
     Gradients in branches shrink as l^-p, and Adam's epsilon with them.
+
+    The rules are about branches that are added to a stream which passes the blocks unchanged. An FNO has none: its blocks put
+    the sum of the spectral path and the skip, whatever that is, through a GELU, so that it is refused.
     """
 
     config_class: ClassVar[type] = DepthConfig

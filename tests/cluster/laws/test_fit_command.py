@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,10 @@ def test_learning_rates_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["fit", source, "--out", str(tmp_path / "out")]) == 0
     assert "learning rate over width: does not transfer: the best rate goes as size^-0.50" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "fit.json").read_text())["learning_rate"]
-    assert summary["boundary"]["width"]["exponent"] == pytest.approx(-0.5, abs=0.12)
+    assert summary["boundary"]["width"][0]["exponent"] == pytest.approx(-0.5, abs=0.12)
     assert summary["sensitivity"]["width=64"]["grid"][0] == 2.0**-13
     page = (tmp_path / "out" / "fit.html").read_text()
-    assert sections(page) == ["rates", "json"] or "rates" in sections(page)
+    assert "rates" in sections(page)
 
 
 def test_compute_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +88,7 @@ def test_training_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["n"]["exponent"] == pytest.approx(0.4516, abs=0.06)
 
 
-def test_training_curves_of_runs(tmp_path: Path) -> None:
+def test_training_curves_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for n in np.geomspace(1e4, 1e6, 9):
         for horizon in (2, 40):
             store, steps = Store(str(tmp_path / "runs" / f"{n:.0f}-{horizon}")), 100
@@ -99,6 +100,17 @@ def test_training_curves_of_runs(tmp_path: Path) -> None:
             writer.extend({"step": i + 1, "loss": float(value)} for i, value in enumerate(loss))
             writer.close()
             write_record(store, {"status": "ok", "steps": steps, "flops": 6 * n * d, "samples": d, "parameters": n})
+    for status in ("diverged", "pruned"):  # their curves lie far below, and must not count
+        store = Store(str(tmp_path / "runs" / status))
+        start_attempt(store, {})
+        writer = MetricsWriter(store, 1)
+        writer.extend({"step": i + 1, "loss": 0.9 + 1e-4 * (100 - i)} for i in range(100))
+        writer.close()
+        write_record(store, {"status": status, "steps": 100, "flops": 1e11, "samples": 1e5, "parameters": 3e5})
+    words = ["fit", str(tmp_path / "runs"), "--curves", "--where", "status=ok"]
+    assert cli.main(words) == 2 and cli.main([*words[:3], "--column", "loss=val_loss"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("for a folder of runs they have no effect" in line for line in lines)
     assert cli.main(["fit", str(tmp_path / "runs"), "--curves", "--last", "1", "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "fit.json").read_text())["approach_1"]
     assert found["n"]["exponent"] == pytest.approx(0.5, abs=0.15)
@@ -110,6 +122,29 @@ def test_critical_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["fit", source, "--critical-batch", "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "fit.json").read_text())["critical_batch"]
     assert found["critical"] == pytest.approx(50) and "critical batch" in capsys.readouterr().out
+
+
+def test_critical_batch_from_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    mean, spread, columns = np.full(50, 0.1), 0.2, {}
+    for name, size in (("small", 8), ("large", 64)):
+        noise = rng.standard_normal((300, 50)) * spread / np.sqrt(size)
+        columns |= {f"batch_{name}": np.full(300, float(size)), f"grad_sq_{name}": ((mean + noise) ** 2).sum(axis=1)}
+    source = save(tmp_path / "g.csv", Runs(columns, [], []))
+    assert cli.main(["fit", source, "--critical-batch", "--out", str(tmp_path / "out")]) == 0
+    assert "simple noise scale" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "fit.json").read_text())["critical_batch"]
+    truth = 50 * spread**2 / (50 * 0.1**2)
+    assert found["noise_scale"] == pytest.approx(truth, rel=0.15)
+    assert found["interval"][0] < truth < found["interval"][1] < 1.5 * truth
+    columns["batch_small"][0] = 16
+    source = save(tmp_path / "two.csv", Runs(columns, [], []))
+    assert cli.main(["fit", source, "--critical-batch"]) == 2
+    assert "choose one of each with --where" in capsys.readouterr().err
+    columns["batch_small"][0], columns["grad_sq_large"] = 8, columns["grad_sq_small"]
+    source = save(tmp_path / "noise.csv", Runs(columns | {"grad_sq_small": columns["grad_sq_small"] * 9}, [], []))
+    assert cli.main(["fit", source, "--critical-batch"]) == 2
+    assert "no signal above their noise" in capsys.readouterr().err
 
 
 def test_seeds_give_an_interval_of_their_own(tmp_path: Path) -> None:
@@ -143,10 +178,10 @@ def test_mistakes_are_one_line(words: list[str], message: str, table: str, capsy
     assert len(lines) == 1 and message in lines[0], lines
 
 
-@pytest.mark.parametrize("part", [p for p in selftest.PARTS if p.__name__ not in ("noise", "coverage")])
-def test_selftest(part) -> None:
-    checks = list(part())
-    assert checks and all(check.ok for check in checks), [check for check in checks if not check.ok]
+def test_selftest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--selftest"]) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"^(\d\d) of \1 checks passed", printed, re.MULTILINE) and "FAILED" not in printed
 
 
 def test_selftest_command_reports_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,3 +97,16 @@ def test_designs_that_leave_a_law_open_are_warned_of() -> None:
     assert any("D/N is nearly the same" in text for text in fit("chinchilla", line, strict=False).warnings)
     budget = of_columns(n=n, d=1e18 / n, loss=synthetic.loss_of(n, 1e18 / n))
     assert any("one budget" in text for text in fit("chinchilla", budget, strict=False).warnings)
+
+
+def test_an_axis_with_two_values_does_not_give_an_exponent() -> None:
+    runs = synthetic.ladder()
+    sizes = np.unique(runs["n"])
+    two = runs.keep(np.isin(runs["n"], sizes[3:5]))
+    found = fit("chinchilla", two, strict=False)
+    assert any(text.startswith("alpha is not identified: n has 2 values") for text in found.warnings), found.warnings
+    assert not any("beta is not identified" in text for text in found.warnings)
+    three = fit("chinchilla", runs.keep(np.isin(runs["n"], sizes[3:6])), strict=False)
+    assert not any("not identified" in text for text in three.warnings)
+    tied = fit("tied", two, strict=False)  # whose exponent the other axis gives
+    assert not any("not identified" in text for text in tied.warnings)

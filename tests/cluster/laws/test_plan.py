@@ -12,12 +12,13 @@ import yaml
 
 from cluster import cli
 from cluster.laws import score as scores
+from cluster.laws.allocation import loss_at
 from cluster.laws.analysis import Options, analyse
 from cluster.laws.plan import Asked, plan
 from cluster.laws.records import DataProblem, of_columns
 from datamodules.store import Store
 from tests.helpers.runs import fno_config, lm_config
-from trainer.build import measure
+from trainer.build import flops_per_sample, measure
 from trainer.config import config_hash, load
 from trainer.parametrization.horizon import rate_factor
 
@@ -52,8 +53,10 @@ def run_plan(tmp_path: Path, raw: dict[str, Any], *more: str) -> int:
     return cli.main([*words, "--log", str(tmp_path / "log"), "--draws", "100", *more])
 
 
-@pytest.mark.parametrize("kind", [fno_config, lm_config])
-def test_the_config_has_the_size_and_the_data_that_were_chosen(kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "per_pair"), [(fno_config, 152), (lm_config, 6.1)])
+def test_the_config_has_the_size_and_the_data_that_were_chosen(
+    kind: Any, per_pair: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = kind(str(tmp_path / "old"), str(tmp_path / "data"), val_every=8)  # of 8 steps: at the end
     assert run_plan(tmp_path, raw) == 0
     prediction = json.loads((tmp_path / "plan" / "prediction.json").read_text())
@@ -62,9 +65,19 @@ def test_the_config_has_the_size_and_the_data_that_were_chosen(kind: Any, tmp_pa
     assert prediction["n"] == n
     assert prediction["d"] == config.train.max_steps * config.train.global_batch * per_sample
     assert config.train.val_every == config.train.max_steps
-    assert 6 * prediction["n"] * prediction["d"] == pytest.approx(2e12, rel=0.1)
-    low, high = prediction["intervals"]["n"]
-    assert low / 2 < n < high * 2
+    spent = flops_per_sample(config) * config.train.max_steps * config.train.global_batch
+    assert spent == prediction["flops"] == pytest.approx(2e12, rel=0.01)  # as the network counts, not as 6 N D
+    assert spent / (n * prediction["d"]) == pytest.approx(per_pair, rel=0.02)
+    for name in ("n", "d"):
+        low, high = prediction["intervals"][name]
+        assert low < prediction[name] < high
+    found = analyse(ladder(), Options(draws=10)).fits["chinchilla"].values
+    losses = [loss_at(found, n * k, prediction["d"] / k) for k in (0.8, 1.0, 1.25)]
+    assert losses[1] == min(losses)  # it is the best size for what its own network costs
+    assert prediction["regret"]["1"] == 0 and min(prediction["regret"].values()) == 0
+    printed = capsys.readouterr().out
+    assert ("FLOPs per parameter and sample or token, not 6 as the records say" in printed) == (per_pair > 10)
+    assert f"FLOPs {spent / 1e12:.3f}e+12" in " ".join(printed.split())
     assert prediction["config_hash"] == config_hash(config)
     assert config.url == str(tmp_path / "plan" / "run")
     truth = 1.0 + 20 * n**-0.4 + 30 * prediction["d"] ** -0.35
@@ -167,6 +180,41 @@ def test_rates_batches_machines_and_serving() -> None:
     with pytest.raises(ValueError, match="no such device"):
         plan(made, Asked(2e12, device="abacus"))
     assert any("long extrapolation" in note for note in plan(made, Asked(2e15)).notes)
+
+
+def test_what_was_chosen_otherwise_is_told_of_the_choice() -> None:
+    """A model for serving is no compute-optimal one: a larger one for the same FLOPs of training would be better."""
+    made = analyse(ladder(), Options(target=2e12, draws=100))
+    served = plan(made, Asked(2e12, served=1e9))
+    assert served.flops == pytest.approx(6 * served.n * served.d) and served.flops > 2e12
+    assert served.regret["1"] == 0 and served.regret["2"] < 0 < served.regret["0.5"]
+    low, high = served.intervals["n"]
+    assert low < served.n < high
+
+
+def test_an_overridden_length_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = fno_config(str(tmp_path / "old"), str(tmp_path / "data"))
+    assert run_plan(tmp_path, raw, "--device", "h100", "train.max_steps=100", "schedule.warmup_steps=2") == 0
+    prediction = json.loads((tmp_path / "plan" / "prediction.json").read_text())
+    config = load(str(tmp_path / "plan" / "run.yaml"))
+    assert prediction["flops"] == flops_per_sample(config) * 100 * config.train.global_batch
+    assert prediction["gpu_hours"] == pytest.approx(prediction["flops"] / (989.4e12 * 0.4) / 3600)
+    assert prediction["regret"]["0.5"] < 0  # at so few samples a smaller model would do better
+    printed = capsys.readouterr().out
+    assert "FLOPs, not 2e+12: steps are whole, or overridden" in printed
+    assert "lies outside the interval of the best one" in printed and printed.count("time assumes") == 1
+
+
+def test_axes_that_the_law_does_not_read_are_named() -> None:
+    runs = ladder()
+    assert not any("does not read" in text for text in analyse(runs, Options(draws=10)).warnings)
+    for axis in "uh":
+        varied = ladder()
+        varied.columns[axis] = np.tile([16.0, 32.0, 64.0], 12)
+        made = analyse(varied, Options(forms=("chinchilla",), draws=10))
+        for _ in range(2):
+            plan(made, Asked(2e12))
+        assert sum(f"chinchilla does not read {axis}" in text for text in made.warnings) == 1
 
 
 def test_no_plan_without_a_law_in_n_and_d() -> None:

@@ -93,8 +93,12 @@ def test_nan_diverged_and_negative_rows_are_named(tmp_path: Path) -> None:
     rows = [{**ROW, "loss": loss, "status": s} for loss, s in ((3, "ok"), ("nan", "ok"), (3, "diverged"), (-1, "ok"))]
     kept = usable(load(write_csv(tmp_path / "a.csv", rows)), ("n", "d"))
     assert kept.names == ["row 1"]
-    assert "left out, loss is NaN or infinite: row 2, row 4" in kept.warnings[0] or "row 2" in kept.warnings[0]
-    assert any("status diverged: row 3" in text for text in kept.warnings)
+    assert kept.warnings == [
+        "left out, loss is not a positive number: row 2, row 4",
+        "left out, status diverged: row 3",
+    ]
+    only_nan = usable(load(write_csv(tmp_path / "b.csv", rows[:2])), ("n", "d"))
+    assert only_nan.warnings == ["left out, loss is NaN or infinite: row 2"]
 
 
 def test_too_few_runs_say_what_became_of_the_others(tmp_path: Path) -> None:

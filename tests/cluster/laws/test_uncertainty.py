@@ -7,6 +7,7 @@ import pytest
 
 from cluster.laws import synthetic, uncertainty
 from cluster.laws.allocation import allocate
+from cluster.laws.analysis import Options, analyse
 from cluster.laws.fit import Fit, fit
 from cluster.laws.records import DataProblem, of_columns
 
@@ -68,3 +69,19 @@ def test_methods_that_agree_and_methods_that_do_not(found: Fit) -> None:
     extra = {"approach 2": (1e12, (9e11, 1.1e12))}
     alarmed = uncertainty.model_spread(found, runs, 1e23, uncertainty.pairs(found, 200), extra=dict(extra))
     assert "approach 2" in alarmed.alarm and "disagree" in alarmed.alarm
+
+
+def test_a_bootstrap_over_budgets_does_not_split_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real runs spend a percent more or less than their budget, also where a rounding of ln C has its edge."""
+    runs = synthetic.isoflops(4.0, sizes=5)
+    edge = np.exp(0.1 * (np.round(np.log(runs["c"]) / 0.1) + 0.5))
+    runs.columns["c"] = edge * np.tile([0.99, 1.01, 0.99, 1.01, 1.0], 5)
+    drawn = []
+
+    def blocks(found: Fit, labels: np.ndarray, draws: int, seed: int) -> np.ndarray:
+        drawn.append(labels)
+        return found.refit(np.ones((2, len(labels))))
+
+    monkeypatch.setattr(uncertainty, "blocks", blocks)
+    analyse(runs, Options(forms=("chinchilla",), draws=10))
+    assert [list(labels) for labels in drawn] == [list(np.repeat(range(5), 5))]
