@@ -148,17 +148,19 @@ class Local:
         return self.options.path / job_id
 
     def state(self, job_id: str) -> str:
-        """See `Backend.state`. A job of another machine is unknown here. All tasks of an array have the state of the job."""
-        folder = self.folder(_task(job_id)[0])
+        """See `Backend.state`. A job of another machine is unknown here."""
+        job_id, task = _task(job_id)
+        folder = self.folder(job_id)
         if not (folder / JOB).exists():
             return "unknown"
-        if (folder / OUTCOME).exists():
-            return str(json.loads((folder / OUTCOME).read_text())["state"])
+        for name in (of_task(OUTCOME, task), OUTCOME):
+            if (folder / name).exists():
+                return str(json.loads((folder / name).read_text())["state"])
         if not (folder / PID).exists():
             return "queued"
         if not alive(**json.loads((folder / PID).read_text())):
             return "failed"  # its supervisor was killed
-        return "running" if (folder / STARTED).exists() else "queued"
+        return "running" if (folder / of_task(STARTED, task)).exists() else "queued"
 
     def cancel(self, job_id: str) -> None:
         """SIGTERM to the supervisor: the nodes save and end, and nothing is started again. One task of an array: the
@@ -189,6 +191,11 @@ def _task(job_id: str) -> tuple[str, int | None]:
     return (job, int(task)) if job and task.isdigit() else (job_id, None)
 
 
+def of_task(name: str, task: int | None) -> str:
+    """What one task of an array has in place of the job's file `name`."""
+    return name if task is None else f"task-{task:05d}-{name}"
+
+
 def alive(pid: int, ticks: int) -> bool:
     """Whether the process that had this id, and started at this time, still runs."""
     return started_at(pid) == ticks
@@ -203,11 +210,12 @@ def started_at(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def outcome(folder: Path, state: str, code: int, reason: str) -> None:
-    """Writes how a job ended."""
-    part = folder / f"{OUTCOME}.part"
+def outcome(folder: Path, state: str, code: int, reason: str, task: int | None = None) -> None:
+    """Writes how a job, or a task of one, ended."""
+    name = of_task(OUTCOME, task)
+    part = folder / f"{name}.part"
     part.write_text(json.dumps({"state": state, "code": code, "reason": reason, "time": time.time()}))
-    part.rename(folder / OUTCOME)
+    part.rename(folder / name)
 
 
 def _quoted(value: str) -> str:

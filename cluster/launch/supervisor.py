@@ -22,7 +22,7 @@ from typing import IO
 from cluster.launch import EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, PARENT_PID, cluster_config
 from cluster.launch.budget import Budget, newest_commit
 from cluster.launch.entry import JOB_ID
-from cluster.launch.local_backend import CANCEL, JOB, PID, STARTED, Local, outcome, started_at
+from cluster.launch.local_backend import CANCEL, JOB, PID, STARTED, Local, of_task, outcome, started_at
 from cluster.launch.spec import INDEX, JobSpec, from_dict, passed
 
 _POLL_S = 0.1
@@ -149,7 +149,7 @@ def supervise(folder: Path, *, foreground: bool = False) -> int:
             indices: list[int | None] = list(range(spec.array)) if spec.array else [None]
             waiting = [Task(local, spec, index, folder, foreground) for index in indices]
             code, reason = _run(waiting, running, local.options.parallel, lambda: bool(told))
-        state = "done" if code == EXIT_OK else "cancelled" if told or (folder / CANCEL).exists() else "failed"
+        state = _state(code, bool(told) or (folder / CANCEL).exists())
     except ValueError as error:
         print(f"keel: error: {error}", file=sys.stderr)
         code, reason = 2, str(error)
@@ -158,6 +158,10 @@ def supervise(folder: Path, *, foreground: bool = False) -> int:
             signal.signal(signum, handler)
         outcome(folder, state, code, reason)
     return code
+
+
+def _state(code: int | None, told: bool) -> str:
+    return "done" if code == EXIT_OK else "cancelled" if told else "failed"
 
 
 def _after(local: Local, spec: JobSpec, told: Callable[[], bool]) -> tuple[int, str]:
@@ -177,12 +181,15 @@ def _run(waiting: list[Task], running: list[Task], parallel: int, told: Callable
     ended: list[Task] = []
     while running or (waiting and not told()):
         while waiting and len(running) < parallel and not told():
-            running.append(waiting.pop(0))
-            running[-1].start()
+            running.append(task := waiting.pop(0))
+            task.start()
+            (task.folder / of_task(STARTED, task.index)).touch()
         for task in list(running):
-            if task.poll(told() or task.cancelled()):
+            if task.poll(ending := told() or task.cancelled()):
                 running.remove(task)
                 ended.append(task)
+                if task.index is not None:
+                    outcome(task.folder, _state(task.code, ending), task.code or EXIT_OK, "", task.index)
         time.sleep(_POLL_S)
     if waiting:
         return EXIT_REQUEUE, f"cancelled with {len(waiting)} tasks not started"
