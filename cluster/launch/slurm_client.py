@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 _TIMEOUT_S = 90  # a Slurm client tries for a minute to find its own configuration
 
+LOST = "#lost="  # in a job's comment, behind the run's URL: how often its nodes were lost
+
 _STATES = {
     "queued": ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
     "running": ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"),
@@ -83,6 +85,11 @@ def state(job_id: str) -> str:
         found = _accounted(job_id)
     states = {_common(name) for name in found}
     return next((name for name in _ORDER if name in states), "unknown")
+
+
+def run_of(comment: str) -> str:
+    """The URL of the run, of a job's comment."""
+    return re.sub(rf"{LOST}\d+$", "", comment)
 
 
 def cancel(job_id: str) -> None:

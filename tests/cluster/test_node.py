@@ -17,6 +17,7 @@ import pytest
 
 from cluster.launch import Group, meet
 from cluster.launch.agent import interface_of, local_address
+from cluster.launch.node_watch import NodeWatch
 from datamodules.store import Store
 from tests.conftest import free_port
 
@@ -36,6 +37,10 @@ if action == "user":
     sys.exit(2)
 if action == "once" and os.environ["KEEL_RESTARTS"] == "0":
     time.sleep(60)
+if action == "commits":
+    os.makedirs("run/checkpoints/step-00000001", exist_ok=True)
+    open("run/checkpoints/step-00000001/COMMITTED", "w").close()
+    sys.exit(69)
 """
 
 
@@ -89,6 +94,24 @@ def test_bad_input_keeps_its_line(place: Path) -> None:
     node.communicate(timeout=60)
     assert node.returncode == 2 and status(place)["reason"] == "x=1: must be 2"
     assert not (place / "run/record.jsonl").exists()
+
+
+def test_a_lost_node_tells_whether_there_is_a_new_commit(place: Path) -> None:
+    for code in (77, 69):
+        node = start(place, "commits", env={"KEEL_PROGRESS_CODE": "77"})
+        _, err = node.communicate(timeout=60)
+        assert node.returncode == code, err
+        assert status(place)["exit_code"] == 69
+
+
+def test_logs_of_attempts_are_sent_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sent = Store(str(place / "run")), []
+    monkeypatch.setattr(Store, "write", lambda self, path, data: sent.append(path))
+    for attempt in (10, 9):
+        (place / f"attempt-{attempt}").mkdir()
+        (place / f"attempt-{attempt}/rank-0.log").write_text("x\n")
+    NodeWatch(store, 0, str(place), 10.0, together=False)._send_logs(1 << 20)
+    assert sent == [f"logs/attempt-{attempt}/node-0/rank-0.log" for attempt in (9, 10)]
 
 
 def test_the_task_of_an_array_is_put_in_everywhere(place: Path) -> None:

@@ -36,8 +36,9 @@ with open(name + ".tmp", "w") as file:
     json.dump({key: os.environ.get(key) for key in keys}, file)
 os.rename(name + ".tmp", name + ".json")
 print("node", os.environ["KEEL_NODE"], "start", start, flush=True)
-if action.isdigit():
-    sys.exit(int(action))
+if action[0].isdigit():
+    codes = action.split(",")
+    sys.exit(int(codes[min(int(os.environ["KEEL_NODE"]), len(codes) - 1)]))
 while not stopped and not start:
     time.sleep(0.02)
 if stopped:
@@ -99,14 +100,14 @@ def test_nodes_know_where_they_stand_and_write_their_own_logs(
 
 @pytest.mark.parametrize(
     ("action", "fields", "starts"),
-    [("1", {}, 1), ("2", {}, 1), ("75", {"requeue": False}, 1), ("74", {"retries": 1}, 2)],
+    [("1", {}, 1), ("2,74", {"nodes": 2}, 2), ("75", {"requeue": False}, 1), ("74", {"retries": 1}, 2)],
 )
 def test_only_what_starting_again_mends_is_queued_again(
     action: str, fields: dict, starts: int, backend: Slurm, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
-    name = backend.submit(job(tmp_path, action, nodes=1, **fields))
+    name = backend.submit(job(tmp_path, action, **{"nodes": 1, "retries": 3, **fields}))
     assert slurm.wait(name, "failed") == "failed"
-    assert f"ExitCode={action}:0" in slurm.call("scontrol", "show", "job", "-o", name)
+    assert f"ExitCode={action.partition(',')[0]}:0" in slurm.call("scontrol", "show", "job", "-o", name)
     assert len(list(tmp_path.glob(f"{name}-*.json"))) == starts
 
 
@@ -329,6 +330,68 @@ def test_scripts_are_rendered_as_the_golden_files_say(name: str, tmp_path: Path)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
 
 
+STAND_INS = {
+    # Each start ends as the next line of `ends` says: the exit codes of its nodes, of which srun ends with the largest.
+    "srun": """
+read -r codes < ends; sed -i 1d ends; echo >> starts; largest=0; node=0
+for code in $codes; do
+    how="Exited with exit code $code"
+    (( code <= 128 )) || how=Killed
+    (( code == 0 )) || echo "srun: error: n$node: task $node: $how" >&2
+    (( code <= largest )) || largest=$code
+    node=$((node + 1))
+done
+exit $largest
+""",
+    "scontrol": """
+case "$1" in
+show) echo "JobId=7 JobState=RUNNING Restarts=0 Comment=$(cat comment) StdErr=x" ;;
+update) echo "${3#Comment=}" > comment ;;
+requeue) touch again ;;
+esac
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts", "code"),
+    [
+        ("74 74 74 74", 3, 74),
+        ("69 74 69 74", 3, 69),
+        ("75 75 75 74 74 74 74", 6, 74),  # to be preempted uses nothing up
+        ("74 74 75 74 74 74 74", 6, 74),  # and has saved
+        ("74 74 77 74 74", 5, 74),  # nor counts what came before a commit
+        ("137 137 137 137", 3, 137),  # the node entry was killed
+        ("137 137 137,77 137 137", 5, 137),
+        ("74,137 139,74 0", 3, 0),
+        ("130", 1, 130),
+        ("1", 1, 1),
+        ("2,74", 1, 2),  # the others have lost the node that knows better
+        ("137,2", 1, 2),
+    ],
+)
+def test_retries_are_starts_after_failures_without_a_new_commit(
+    ends: str, starts: int, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "ends").write_text("".join(f"{line.replace(',', ' ')}\n" for line in ends.split()))
+    (tmp_path / "comment").write_text("s3://bucket/runs/fno\n")
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash{text}")
+        (tmp_path / name).chmod(0o755)
+    backend = open_backend(load({"backend": "slurm"}))
+    script = backend.render(dataclasses.replace(BASE, nodes=1, retries=2))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    again = True
+    while again:
+        (tmp_path / "again").unlink(missing_ok=True)
+        with open(tmp_path / "log", "ab") as log:
+            done = subprocess.run(["bash", "-c", script], env=environment, cwd=tmp_path, stderr=log, timeout=60)
+        again = (tmp_path / "again").exists()
+        assert not again or done.returncode == 75
+    assert ((tmp_path / "starts").read_text().count("\n"), done.returncode) == (starts, code)
+    assert slurm_client.run_of((tmp_path / "comment").read_text().strip()) == "s3://bucket/runs/fno"
+
+
 @pytest.mark.parametrize(("container", "option"), [("pyxis", "--container-mounts="), ("apptainer", "--bind ")])
 def test_a_container_sees_the_code_of_a_shared_folder(container: str, option: str) -> None:
     backend = open_backend(load({"backend": "slurm", "slurm": {"container": container, "mounts": ["/data"]}}))
@@ -352,6 +415,7 @@ def test_a_container_sees_the_code_of_a_shared_folder(container: str, option: st
         ({"logs": "logs"}, {}, "logs=logs: must be an absolute path"),
         ({"signal_s": -1}, {}, "signal_s=-1: must be at least 0"),
         ({"directives": ["switches=1"]}, {}, "directives: 'switches=1' is no sbatch option"),
+        ({"directives": ["--comment=x"]}, {}, "a job's comment tells which run it is of"),
     ],
 )
 def test_impossible_jobs_are_refused(section: dict, fields: dict, message: str) -> None:
