@@ -198,6 +198,7 @@ def _why_none(store: Store) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- cancel
 def cancel(args: argparse.Namespace) -> int:
+    from cluster.launch.job import JobFile
     from cluster.watch.ask import ask, tell, wait
     from trainer.status import CANCEL
 
@@ -209,13 +210,13 @@ def cancel(args: argparse.Namespace) -> int:
     store.write_json(CANCEL, {"time": time.time(), "host": socket.gethostname(), "user": _user()})
     error: str | None = None
     if said is not None:
-        _, error = tell(store, lambda job: job.open().cancel(job.task_id))
+        _, error = tell(store, JobFile.cancel)
         if said["state"] is None:
             error = error or said.get("error")
     where = f"job {said['id']} on {said['backend']} is" if said and not error else "it is"
     print(f"{where} asked to save and end; a request lies in the store, too" if said and not error else _left(verdict))
     if error:
-        print(f"keel: warning: its backend cannot be asked from here: {error}", file=sys.stderr)
+        print(f"keel: warning: its backend cannot be told from here: {error}", file=sys.stderr)
     if not args.wait:
         return 0
     _, verdict, _ = wait(store)

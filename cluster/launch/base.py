@@ -56,6 +56,11 @@ class Backend(Protocol):
         task of an array: JOB_TASK."""
         ...
 
+    def owns(self, job_id: str, run_url: str) -> bool:
+        """Whether the job of this id is that of the run at `run_url` (of an array, with its `{index}`): some clusters give
+        a number to another job later, and every cluster of a kind has its own."""
+        ...
+
     def cancel(self, job_id: str) -> None:
         """Tells the job to save and end, for good. A job that has ended is left alone."""
         ...

@@ -94,6 +94,9 @@ class Kubernetes:
             states.add(self.kind.ended(job) or going)
         return next((state for state in _ORDER if state in states), "unknown")
 
+    def owns(self, job_id: str, run_url: str) -> bool:
+        return True  # an id is used once
+
     def cancel(self, job_id: str) -> None:
         """Deletes the job: its pods are told to save and end. One that has ended is left alone."""
         if self.state(job_id) in ("queued", "running"):

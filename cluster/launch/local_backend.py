@@ -162,6 +162,9 @@ class Local:
             return "failed"  # its supervisor was killed
         return "running" if (folder / of_task(STARTED, task)).exists() else "queued"
 
+    def owns(self, job_id: str, run_url: str) -> bool:
+        return True  # an id is used once
+
     def cancel(self, job_id: str) -> None:
         """SIGTERM to the supervisor: the nodes save and end, and nothing is started again. One task of an array: the
         supervisor finds its mark, and does so with the nodes of this task."""

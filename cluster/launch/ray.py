@@ -137,6 +137,9 @@ class Ray:
     def state(self, job_id: str) -> str:
         return self._head.state(job_id)
 
+    def owns(self, job_id: str, run_url: str) -> bool:
+        return True  # an id is used once
+
     def cancel(self, job_id: str) -> None:
         """SIGTERM to the driver: its nodes save and end, and nothing is started again."""
         self._head.stop(job_id)

@@ -161,6 +161,10 @@ class Slurm:
     def state(self, job_id: str) -> str:
         return slurm_client.state(job_id)
 
+    def owns(self, job_id: str, run_url: str) -> bool:
+        comments = slurm_client.comments(job_id)
+        return not comments or run_url in comments
+
     def cancel(self, job_id: str) -> None:
         slurm_client.cancel(job_id)
 

@@ -32,11 +32,7 @@ def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
 
 def _job_state(store: Store) -> tuple[str | None, str | None]:
     """(state of the run's job by its backend, or None; why it could not be asked)."""
-
-    def call(job: JobFile) -> str:
-        return job.open().state(job.task_id)
-
-    state, error = tell(store, call)
+    state, error = tell(store, JobFile.state)
     if state == "unknown":
         return None, "its backend, as it is seen from here, does not know it"
     return state, error

@@ -17,8 +17,10 @@ import pytest
 from cluster.launch import slurm_client
 from cluster.launch.base import open_backend
 from cluster.launch.cluster_config import load
+from cluster.launch.job import JobFile, read_job, write_job
 from cluster.launch.slurm import Slurm
-from cluster.launch.spec import CodeSpec, JobSpec
+from cluster.launch.spec import CodeSpec, JobSpec, to_dict
+from datamodules.store import Store
 from tests.helpers.slurm import SlurmCluster, wait_until
 
 # Stands in for `cluster.launch.node`: notes its environment, then does what its last argument says.
@@ -196,6 +198,7 @@ def test_cancelling_saves_first_and_is_for_good(backend: Slurm, slurm: SlurmClus
     time.sleep(1)
     backend.cancel(name)  # has ended: left alone
     assert backend.state(name) == "cancelled" and not (tmp_path / f"{name}-1-0.json").exists()
+    assert backend.owns(name, "memory://run") and not backend.owns(name, "memory://other")
     assert backend.state("999999") == "unknown"
     backend.cancel("999999")
 
@@ -328,6 +331,41 @@ def test_scripts_are_rendered_as_the_golden_files_say(name: str, tmp_path: Path)
         path.write_text(script)
     assert script == path.read_text(), f"if that is meant: KEEL_GOLDEN=write pytest {__file__}"
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
+
+
+def test_a_number_that_is_somebody_elses_job_now_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    comments = ["s3://bucket/runs/fno#lost=1"]
+
+    def call(program: str, *words: str, **_: Any) -> str:
+        calls.append((program, *words))
+        if program == "squeue":
+            return "7 RUNNING\n"
+        if "7" not in words:
+            raise slurm_client.SlurmError("scontrol refused: Invalid job id specified")
+        comment = f" Comment={comments[-1]}" if comments[-1] else ""
+        return f"JobId=7 JobState=RUNNING AdminComment=s3://x{comment} StdErr=/y\n"
+
+    monkeypatch.setattr(slurm_client, "_call", call)
+    cluster = load({"backend": "slurm"})
+    run = Store(str(tmp_path / "run"))
+
+    def job_file(job_id: str) -> JobFile:
+        write_job(dataclasses.replace(BASE, run_url=run.url), cluster, job_id)
+        run.write_json("job.json", {**run.read_json("job.json"), "spec": to_dict(BASE)})
+        job = read_job(run)
+        assert job is not None
+        return job
+
+    assert job_file("7").state() == "running"
+    job_file("7").cancel()
+    assert calls.pop() == ("scancel", "--batch", "--signal=USR2", "7")
+    for other in ("s3://bucket/runs/fno-2", ""):
+        comments.append(other)
+        assert job_file("7").state() == "unknown"
+        with pytest.raises(ValueError, match="job 7, as slurm knows it here, is not of this run; it is left alone"):
+            job_file("7").cancel()
+    assert job_file("8").state() == "unknown" and not any(words[0] == "scancel" for words in calls)
 
 
 STAND_INS = {
