@@ -24,6 +24,7 @@ from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS, node_command, no
 from cluster.launch.spec import JobSpec, to_dict
 
 JOB, PID, OUTCOME, CANCEL, STARTED = "job.json", "pid.json", "outcome.json", "cancel", "started"
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -60,8 +61,11 @@ class Local:
         """One node's command line."""
         return node_command(spec, self.cluster, python=sys.executable, time_limit_s=spec.time_limit_s)
 
-    def environment(self, spec: JobSpec, node: int, port: int | str, task: int | str | None) -> dict[str, str]:
-        """What one node finds in its environment, beside this process's own."""
+    def environment(
+        self, spec: JobSpec, node: int, port: int | str, task: int | str | None, place: int = 0
+    ) -> dict[str, str]:
+        """What one node finds in its environment, beside this process's own. `place`: of the tasks that run at once, 0 to
+        `parallel` - 1."""
         env = node_environment(spec)
         if spec.code.how == "image":  # what is installed here is what runs here
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
@@ -70,7 +74,19 @@ class Local:
             env[RENDEZVOUS] = f"127.0.0.1:{port}"
         if task is not None:
             env[ARRAY_INDEX] = str(task)
+        if spec.accelerators:
+            env[_DEVICES] = self._devices(spec, place * spec.nodes + node)
         return env
+
+    def _devices(self, spec: JobSpec, node: int) -> str:
+        """The accelerators of the `node`-th node that runs at once, out of those that are to be used here."""
+        first, last = node * spec.accelerators, (node + 1) * spec.accelerators
+        given = spec.env.get(_DEVICES) or os.environ.get(_DEVICES)
+        return ",".join(given.split(",")[first:last] if given else map(str, range(first, last)))
+
+    def _at_once(self, spec: JobSpec) -> int:
+        """Nodes that run at once."""
+        return spec.nodes * max(1, min(spec.array, self.options.parallel))
 
     def render(self, spec: JobSpec) -> str:
         """The shell lines that start the job's nodes."""
@@ -85,6 +101,8 @@ class Local:
             task = "$TASK"
         for node in range(spec.nodes):
             env = self.environment(spec, node, self.cluster.rendezvous.port or "$FREE_PORT", task)
+            if _DEVICES in env and self._at_once(spec) > spec.nodes:
+                env[_DEVICES] = "$DEVICES"  # of whatever task has ended
             words = [f"{name}={_quoted(value)}" for name, value in env.items()]
             words += [shlex.quote(word) for word in self.command(spec)]
             lines.append(" ".join(words) + (" &" if node < spec.nodes - 1 else ""))
@@ -93,13 +111,15 @@ class Local:
     def check(self, spec: JobSpec) -> None:
         """Whether this machine has what the job wants."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if spec.memory_gib * spec.nodes > memory:
+        nodes = self._at_once(spec)
+        if spec.memory_gib * nodes > memory:
             raise ValueError(f"memory_gib={spec.memory_gib:g}: this machine has {memory:.1f} GiB")
         if spec.accelerators:
             import torch
 
-            if (have := torch.cuda.device_count()) < spec.accelerators * spec.nodes:
-                raise ValueError(f"accelerators={spec.accelerators}: this machine has {have}")
+            if (have := torch.cuda.device_count()) < spec.accelerators * nodes:
+                many = f" for each of {nodes} nodes at once" if nodes > 1 else ""
+                raise ValueError(f"accelerators={spec.accelerators}{many}: this machine has {have}")
         if spec.image:
             raise ValueError(f"image={spec.image} has no effect with backend=local; drop it")
         for job in spec.after:

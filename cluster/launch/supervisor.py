@@ -35,6 +35,7 @@ class Task:
     def __init__(self, local: Local, spec: JobSpec, index: int | None, folder: Path, foreground: bool) -> None:
         self.local, self.spec, self.index, self.folder, self.foreground = local, spec, index, folder, foreground
         self.code: int | None = None
+        self.place = 0  # among those that run at once
         url = spec.run_url if index is None else spec.run_url.replace(INDEX, str(index))
         self._losses, self._budget = 0, Budget(spec.retries, lambda: newest_commit(url))
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -49,7 +50,7 @@ class Task:
         own = {JOB_ID: self.folder.name, PARENT_PID: str(os.getpid())}
         self._nodes, self._first_code, self._stopping = [], None, False
         for node in range(self.spec.nodes):
-            env = {**os.environ, **self.local.environment(self.spec, node, port, self.index), **own}
+            env = {**os.environ, **self.local.environment(self.spec, node, port, self.index, self.place), **own}
             with self._output(node) as out:
                 self._nodes.append(
                     subprocess.Popen(
@@ -181,7 +182,9 @@ def _run(waiting: list[Task], running: list[Task], parallel: int, told: Callable
     ended: list[Task] = []
     while running or (waiting and not told()):
         while waiting and len(running) < parallel and not told():
-            running.append(task := waiting.pop(0))
+            task = waiting.pop(0)
+            task.place = min(set(range(parallel)) - {other.place for other in running})
+            running.append(task)
             task.start()
             (task.folder / of_task(STARTED, task.index)).touch()
         for task in list(running):

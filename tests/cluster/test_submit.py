@@ -21,11 +21,10 @@ import yaml
 
 from cluster import cli
 from cluster.launch import BACKENDS, cluster_config
-from cluster.launch.base import backend_class, open_backend
+from cluster.launch.base import backend_class
 from cluster.launch.code import ROOT, pack
 from cluster.launch.entry import BOOTSTRAP, node_command, node_environment
 from cluster.launch.job import read_job, task_spec
-from cluster.launch.local_backend import outcome, started_at
 from cluster.launch.spec import CodeSpec, JobSpec, from_dict, passed, to_dict
 from datamodules.store import Store
 from tests.helpers.runs import fno_config, tiny_fields
@@ -207,21 +206,6 @@ def test_a_node_that_is_told_to_end_while_it_fetches_the_code_is_started_again(t
     with open(tmp_path / "code.tar.gz", "wb"):  # waits for it to read
         node.send_signal(signal.SIGTERM)
         assert node.wait(60) == 75
-
-
-def test_a_task_of_an_array_has_a_state_of_its_own(tmp_path: Path) -> None:
-    local = open_backend(cluster_config.load({"backend": "local", "local": {"folder": str(tmp_path)}}))
-    folder = tmp_path / "job"
-    folder.mkdir()
-    (folder / "job.json").touch()
-    assert [local.state(name) for name in ("job", "job_1", "nobody")] == ["queued", "queued", "unknown"]
-    (folder / "pid.json").write_text(json.dumps({"pid": os.getpid(), "ticks": started_at(os.getpid())}))
-    for name in ("started", "task-00000-started", "task-00001-started"):
-        (folder / name).touch()
-    outcome(folder, "failed", 1, "", task=0)
-    assert [local.state(f"job{task}") for task in ("", "_0", "_1", "_2")] == ["running", "failed", "running", "queued"]
-    outcome(folder, "cancelled", 75, "")
-    assert [local.state(f"job{task}") for task in ("", "_0", "_2")] == ["cancelled", "failed", "cancelled"]
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
