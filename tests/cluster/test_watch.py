@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -330,7 +331,7 @@ def test_top_names_who_keeps_the_others_waiting(tmp_path: Path, capsys: pytest.C
     def rank(number: int, **changes: Any) -> dict[str, Any]:
         times = {"step_s": 1.0, "wait_s": 0.01, "forward_s": 0.3}
         memory = {"memory": 3 << 30, "memory_peak": 4 << 30}
-        place = {"rank": number, "host": f"h{number // 8}", "phase": "backward", "step": 1201}
+        place = {"rank": number, "attempt": 1, "host": f"h{number // 8}", "phase": "backward", "step": 1201}
         return place | times | memory | changes
 
     assert top.stragglers([rank(0), rank(1, forward_s=0.38), rank(2)]) == {}
@@ -355,6 +356,10 @@ def test_top_names_who_keeps_the_others_waiting(tmp_path: Path, capsys: pytest.C
     }
     what = Seen(store.url, run(), {0: node()}, many)
     frame = text(top.frame(summary(what, judge(what)), what, {}))
+    fewer = {n: Said({"ranks": [rank(n, attempt=2 - (n == 1), host=f"host-{n}")]}, 70.0 * n) for n in range(3)}
+    what = Seen(store.url, run(attempt=2), {0: node()}, fewer)
+    shown = text(top.frame(summary(what, judge(what)), what, {}))
+    assert "host-0" in shown and "host-1" not in shown and re.search(r"host-2 .* 2 min 20 s ago$", shown, re.M)
     assert frame.count("\n") < 45 and "and 101 nodes that are faster" in frame and "slow: rank 77 on h9:" in frame
 
 
