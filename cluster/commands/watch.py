@@ -153,7 +153,7 @@ def _name(seen: Seen) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- logs
 def logs(args: argparse.Namespace) -> int:
-    from cluster.watch.ask import ask, tell
+    from cluster.watch.ask import tell, watched
     from cluster.watch.logs import Log, choose, follow, lines
 
     store = open_run(args.url)
@@ -165,7 +165,7 @@ def logs(args: argparse.Namespace) -> int:
 
     found = find()
     if args.follow:
-        for line in follow(store, find, lambda: ask(store)[1].over, tail=args.tail):
+        for line in follow(store, find, watched(store), tail=args.tail):
             print(line, flush=True)
         return 0
     if found:

@@ -44,7 +44,7 @@ class Backend(Protocol):
         ...
 
     def submit(self, spec: JobSpec) -> str:
-        """Queues the job and returns its id, as the cluster's own tools know it.
+        """Queues a job that `check` has let pass, and returns its id, as the cluster's own tools know it.
 
         Raises:
             ValueError, OSError: it was refused; one clear line.

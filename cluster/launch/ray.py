@@ -124,8 +124,7 @@ class Ray:
                 raise ValueError(f"after={job}: there is no such job on {self._head.address}")
 
     def submit(self, spec: JobSpec) -> str:
-        """Queues the job and returns its id; that of an array's task is ID_TASK. Raises as `check`."""
-        self.check(spec)
+        """Queues a job that was checked, and returns its id; that of an array's task is ID_TASK."""
         job_id = f"keel-{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         secret = passed(spec, os.environ)
         for task in range(spec.array) if spec.array else [None]:

@@ -151,8 +151,7 @@ class Slurm:
             )
 
     def submit(self, spec: JobSpec) -> str:
-        """Queues the job and returns Slurm's id of it. Raises as `check`."""
-        self.check(spec)
+        """Queues a job that was checked, and returns Slurm's id of it."""
         environment = {
             name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)
         }

@@ -72,6 +72,21 @@ def over(verdict: Verdict, job: Mapping[str, Any] | None) -> bool:
     return verdict.over and (job is None or job["state"] not in ("queued", "running"))
 
 
+def watched(store: Store, clock: Callable[[], float] = time.monotonic) -> Callable[[], bool]:
+    """Whether nothing more is to come of the run, for those who ask often: looked at once per heartbeat."""
+    due = 0.0
+
+    def is_over() -> bool:
+        nonlocal due
+        if clock() < due:
+            return False
+        seen, verdict, job = ask(store)
+        due = clock() + pause(seen)
+        return over(verdict, job)
+
+    return is_over
+
+
 def pause(seen: Seen) -> float:
     """Seconds after which the run may have something new to say: between two of its heartbeats."""
     heard = seen.run or next(iter(seen.nodes.values()), None)

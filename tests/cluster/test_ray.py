@@ -245,7 +245,7 @@ def test_what_can_never_run_is_refused_before_it_is_queued(
     monkeypatch.setenv("DOLLAR", "a$b")
     jobs = len(ray_cluster.ask("/api/jobs/"))
     with pytest.raises((ValueError, OSError)) as error:
-        make_backend(tmp_path, **section).submit(job(tmp_path, "0", **{"processes": 2, **fields}))
+        make_backend(tmp_path, **section).check(job(tmp_path, "0", **{"processes": 2, **fields}))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert len(ray_cluster.ask("/api/jobs/")) == jobs
 

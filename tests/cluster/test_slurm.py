@@ -224,8 +224,10 @@ def test_cancelling_saves_first_and_is_for_good(backend: Slurm, slurm: SlurmClus
 def test_what_can_never_run_is_refused_before_it_is_queued(
     section: dict, fields: dict, message: str, backend: Slurm, slurm: SlurmCluster, tmp_path: Path
 ) -> None:
+    other, spec = make_backend(tmp_path, **section), job(tmp_path, "0", **fields)
     with pytest.raises((ValueError, OSError)) as error:
-        make_backend(tmp_path, **section).submit(job(tmp_path, "0", **fields))
+        other.check(spec)
+        other.submit(spec)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert slurm.call("squeue", "-h", "-t", "PENDING") == ""
 

@@ -25,8 +25,9 @@ from cluster.launch.base import backend_class
 from cluster.launch.code import ROOT, pack
 from cluster.launch.entry import BOOTSTRAP, node_command, node_environment
 from cluster.launch.job import read_job, task_spec
+from cluster.launch.local_backend import Local
 from cluster.launch.spec import CodeSpec, JobSpec, from_dict, passed, to_dict
-from datamodules.store import Store
+from datamodules.store import Store, StoreError
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer.checkpoint import committed_steps
 from trainer.config import ConfigError
@@ -89,6 +90,10 @@ def test_a_spec_survives_json_and_refuses_what_cannot_be() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             JobSpec(**(good | bad))
+    for name in ("HF_TOKEN", "TOKEN", "TOKEN_FILE", "hub_token", "DB_PASSWORD"):
+        with pytest.raises(ValueError, match="looks like a secret"):
+            JobSpec(**good, env={name: "x"})
+    JobSpec(**good, env={"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "1"})
     spec = JobSpec(**good, pass_env=("AWS_*", "HOME"))
     assert passed(spec, {"AWS_A": "1", "HOME": "/", "X": "y"}) == {"AWS_A": "1", "HOME": "/"}
     with pytest.raises(ValueError, match="HOME is not set here"):
@@ -248,6 +253,34 @@ def test_a_dry_run_prints_the_command_and_touches_nothing(place: Path, capsys) -
     assert printed.count("-m cluster.launch.node") == 2 and "--time-limit 3600" in printed and "--restarts 5" in printed
     assert f"-- trainer fit {place}/run" in printed
     assert not (place / "run").exists() and not (place / "state").exists()
+
+
+def test_a_folder_of_this_machine_is_told_where_several_nodes_must_see_it(place: Path, data: str, capsys) -> None:
+    words = ("submit", place / "run.yaml", "--on", ROOT / "configs/clusters/slurm.yaml", "--dry-run", "pass_env=[]")
+    assert keel(*words, "code.how=image", "nodes=2") == 0
+    folders = f"url={place}/run, data.url={data}"
+    assert capsys.readouterr().err == (
+        f"keel: warning: {folders}: all nodes must see this folder under this path; an object store needs none\n"
+    )
+    assert keel(*words, "code.how=image") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_that_its_run_cannot_be_told_of_is_cancelled(place: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("the store is away")
+
+    cancelled: list[str] = []
+    monkeypatch.setattr("cluster.launch.job.write_job", fail)
+    monkeypatch.setattr(Local, "submit", lambda self, spec: "local-1")
+    monkeypatch.setattr(Local, "cancel", lambda self, job: cancelled.append(job))
+    words = ("submit", place / "run.yaml", "--on", place / "detached.yaml")
+    assert keel(*words) != 0 and cancelled == ["local-1"]
+    error = capsys.readouterr().err
+    assert "job local-1 is cancelled, since its run cannot be told of it\n" in error and "the store is away" in error
+    monkeypatch.setattr(Local, "cancel", fail)
+    assert keel(*words, f"url={place}/other") != 0
+    assert "job local-1 goes on and must be cancelled by hand (the store is away)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs

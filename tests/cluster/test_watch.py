@@ -173,6 +173,16 @@ def test_to_wait_is_to_wait_for_the_job_too(tmp_path: Path, monkeypatch: pytest.
     assert verdict.state == "cancelled" and not said and job is not None and job["state"] == "cancelled"
 
 
+def test_who_follows_asks_once_per_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = put(Store(str(tmp_path)), "run", run(), node(), job=JOB)
+    now, asked = [0], []
+    monkeypatch.setattr(asking, "_job_state", lambda store: (asked.append(now[0]), ("running", None))[1])
+    over = asking.watched(store, lambda: now[0])
+    for now[0] in range(0, 50, 2):
+        assert not over()
+    assert asked == [0, 10, 20, 30, 40]
+
+
 def test_units() -> None:
     shown = [duration(s) for s in (0, 0.0214, 0.9996, 7.46, 42.4, 59.7, 200, 3600, 7500, 86400 * 3 + 4 * 3600)]
     assert shown == ["0 ms", "21 ms", "1 s", "7.5 s", "42 s", "1 min", "3 min 20 s", "1 h", "2 h 5 min", "3 d 4 h"]
