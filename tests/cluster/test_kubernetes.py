@@ -154,11 +154,6 @@ def test_a_job_is_named_after_its_run() -> None:
     assert long.startswith("run-9") and len(f"{long}-999-node-0-999-abcde") <= 63
 
 
-def test_no_secret_is_in_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
-    assert "hush-hush" not in render(FULL) and "name: s3-credentials" in render(FULL)
-
-
 def expanded(text: str) -> str:
     """As Kubernetes does: $$ is one dollar, and $(NAME) a variable, of which there is none."""
     out, i = "", 0
