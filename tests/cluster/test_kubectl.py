@@ -335,6 +335,14 @@ def test_apply_queues_it_and_a_refusal_leaves_nothing_behind(
         assert "--apply has no effect with backend=local; drop it" in capsys.readouterr().err
 
 
+def test_a_doctor_is_given_to_kubectl_with_the_shipped_config(
+    words: list[object], fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert keel("doctor", tmp_path / "reports", *words[2:]) == 2  # this kubectl only takes it
+    assert "it could not be checked: job keel-doctor-" in capsys.readouterr().err
+    assert fake.words("apply")[-1].endswith("apply -f -")
+
+
 def test_what_no_pod_sees_is_refused(
     words: list[object], fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
