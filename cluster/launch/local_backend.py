@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cluster.launch import cluster_config
+from cluster.launch import available_cores, cluster_config
 from cluster.launch.cluster_config import ClusterConfig
 from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS, node_command, node_environment
 from cluster.launch.spec import JobSpec, to_dict
 
 JOB, PID, OUTCOME, CANCEL, STARTED = "job.json", "pid.json", "outcome.json", "cancel", "started"
-_DEVICES = "CUDA_VISIBLE_DEVICES"
+_DEVICES, _THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -74,6 +74,8 @@ class Local:
             env[RENDEZVOUS] = f"127.0.0.1:{port}"
         if task is not None:
             env[ARRAY_INDEX] = str(task)
+        if spec.cpus and _THREADS not in spec.env and not os.environ.get(_THREADS):
+            env[_THREADS] = str(max(1, spec.cpus // spec.processes))
         if spec.accelerators:
             env[_DEVICES] = self._devices(spec, place * spec.nodes + node)
         return env
@@ -112,6 +114,8 @@ class Local:
         """Whether this machine has what the job wants."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         nodes = self._at_once(spec)
+        if spec.cpus > (cores := available_cores()):
+            raise ValueError(f"cpus={spec.cpus}: this machine has {cores}")
         if spec.memory_gib * nodes > memory:
             raise ValueError(f"memory_gib={spec.memory_gib:g}: this machine has {memory:.1f} GiB")
         if spec.accelerators:

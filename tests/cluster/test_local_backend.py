@@ -54,6 +54,22 @@ def test_nodes_and_tasks_of_one_machine_have_accelerators_of_their_own(monkeypat
         local(3).check(spec)
 
 
+def test_cpus_are_the_threads_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = open_backend(cluster_config.load({"backend": "local"}))
+    base: dict[str, Any] = {"name": "x", "command": ("trainer", "fit", "u"), "run_url": "u", "processes": 2}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads(**fields: Any) -> list[str]:
+        return re.findall(r"OMP_NUM_THREADS=(\S+)", local.render(JobSpec(**base, **fields)))
+
+    assert [threads(cpus=9), threads(cpus=1), threads()] == [["4"], ["1"], []]
+    assert threads(cpus=9, env={"OMP_NUM_THREADS": "3"}) == ["3"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads(cpus=9) == []  # what is set here reaches the nodes as it is
+    with pytest.raises(ValueError, match=r"^cpus=9999: this machine has \d+$"):
+        local.check(JobSpec(**base, cpus=9999))
+
+
 def test_tasks_that_run_at_once_have_places_of_their_own(tmp_path: Path) -> None:
     class Task:
         def __init__(self, index: int) -> None:
