@@ -139,6 +139,22 @@ def test_nodes_start_again_together_and_count_alike(place: Path) -> None:
     assert "start 0" in shown and "start 1" in shown and "rank 1 of 2" not in shown
 
 
+def test_nodes_of_other_versions_do_not_begin(place: Path) -> None:
+    other = place / "other/numpy-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9\n")
+    env = {"KEEL_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    skewed = {"PYTHONPATH": os.pathsep.join([str(other.parent), str(ROOT), str(place)])}
+    words = ("ok", "--nodes=2", "--restarts=2", "--join-timeout=60")
+    nodes = [start(place, *words, env=env | {"KEEL_NODE": str(n)} | (skewed if n else {})) for n in range(2)]
+    said = [node.communicate(timeout=60) for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    for out, err in said:
+        assert out == "" and err.startswith("keel: error: node ") and err.count("\n") == 1
+        assert "has numpy 9.9, node 0 (" in err and err.endswith(": all nodes must run the same\n")
+    assert "must run the same" in status(place, 1)["reason"] and not (place / "run/logs").exists()
+
+
 @pytest.mark.parametrize("how", ["signal", "time-out"])
 def test_a_node_that_waits_for_others_ends_when_told_or_when_time_is_up(how: str, place: Path) -> None:
     env = {"KEEL_RENDEZVOUS": f"127.0.0.1:{free_port()}", "KEEL_NODE": "0"}
