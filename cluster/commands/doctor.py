@@ -34,7 +34,8 @@ def register(commands: Any) -> None:
             "rank, all-reduce and all-to-all, the links between nodes, reading and writing the store at URL, conditional\n"
             "PUT, clocks, shared memory, limits. Names the node that is slow or odd.\n"
             "Without --on it runs here: in processes of this machine, or, started by torchrun or srun with WORLD_SIZE set,\n"
-            "as one rank. With --on it is a job on that cluster; KEY=VALUE changes the job, as for `keel submit`.\n"
+            "as one rank. With --on it is a job on that cluster (on Kubernetes through kubectl); KEY=VALUE changes the job,\n"
+            "as for `keel submit`.\n"
             "exit code, for a prolog: 0 all is well, 1 problems were found, 2 it could not be checked, or your error."
         ),
         example="keel doctor\nkeel doctor s3://bucket/doctor --processes 8\n"
@@ -68,7 +69,11 @@ def doctor(args: argparse.Namespace) -> int:
         return _show(_submitted(args, url), args.json)
     if "WORLD_SIZE" in os.environ:  # this is one rank of an allocation
         report = examine(absolute_url(args.url), args.accelerator, args.mib, args.seconds)
-        return _show(report, args.json, quiet=os.environ.get("RANK") != "0")
+        # Rank 0 speaks for all: a launcher ends the others as soon as one fails.
+        code = _show(report, args.json) if os.environ.get("RANK") == "0" else 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # as `cluster.doctor.worker`: the tear-down races with gloo's threads
     folder = None if args.url else tempfile.mkdtemp(prefix="keel-doctor-")
     try:
         return _show(_here(args, Store(absolute_url(args.url or str(folder)))), args.json)
@@ -125,6 +130,8 @@ def _submitted(args: argparse.Namespace, url: str) -> Mapping[str, Any]:
     if wrong:
         raise ValueError(f"{wrong[0]} has no effect on keel doctor; drop it")
     cluster = load(args.on, on_cluster)
+    if cluster.backend == "kubernetes":
+        cluster.options.apply = True  # it waits for the report, which nobody would write
     code, data = code_spec(cluster, url)
     spec = _spec(args, url, cluster, code, own.get("image", cluster.image))
     backend = open_backend(cluster)
@@ -193,14 +200,13 @@ def _cause(store: Store, backend: Backend, job: str) -> str:
     return last.removeprefix("keel: error: ") or "its nodes left no word"
 
 
-def _show(report: Mapping[str, Any], as_json: bool, quiet: bool = False) -> int:
+def _show(report: Mapping[str, Any], as_json: bool) -> int:
     from cluster.doctor.findings import judge
 
     findings = judge(report)
     bad = any(finding.problems for finding in findings)
-    if not quiet:
-        out: Callable[..., None] = _json if as_json else _table
-        out(report, findings)
+    out: Callable[..., None] = _json if as_json else _table
+    out(report, findings)
     return int(bad)
 
 

@@ -51,6 +51,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="with --on: only print what would be submitted")
     parser.add_argument("--detach", action="store_true", help="with --on: on this machine, return at once")
+    parser.add_argument("--apply", action="store_true", help="with --on: on Kubernetes, give the manifest to kubectl")
     add_overrides(parser, "the run's config")
 
     parser = add_command(
@@ -121,8 +122,8 @@ def resume(args: argparse.Namespace) -> int:
         from cluster.commands.submit import resume_on
 
         return resume_on(args)
-    if args.dry_run or args.detach:
-        raise ValueError("--dry-run and --detach need --on, which says where the job would run")
+    if args.dry_run or args.detach or args.apply:
+        raise ValueError("--dry-run, --detach and --apply need --on, which says where the job would run")
     _heed_signals()
     # To check the config once more takes as long as the worker, which does it, takes to start.
     config: Any = None if args.overrides or _is_worker() else stored.read(args.url)

@@ -15,7 +15,9 @@ from cluster.commands.common import add_command, add_overrides
 from cluster.commands.run import clear, outcome
 
 if TYPE_CHECKING:
+    from cluster.launch.base import Backend
     from cluster.launch.cluster_config import ClusterConfig
+    from cluster.launch.spec import JobSpec
     from trainer.schema import RunConfig
 
 # Settings of the job that a cluster's config does not have; those of its section `job` come on top.
@@ -39,9 +41,9 @@ def register(commands: Any) -> None:
         ),
         example=(
             "keel submit configs/runs/demo_fno.yaml --on configs/clusters/laptop.yaml url=runs/fno processes=2\n"
-            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml url=s3://bucket/fno nodes=8 time=4h\n"
-            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml array=4 url='s3://bucket/fno-{index}' seed='{index}'\n"
-            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/kubernetes.yaml url=s3://bucket/fno nodes=2 --apply"
+            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml data.url=s3://bucket/ns url=s3://bucket/fno nodes=8\n"
+            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/slurm.yaml time=4h array=4 url='s3://bucket/fno-{index}' seed='{index}'\n"
+            "keel submit configs/runs/demo_fno.yaml --on configs/clusters/kubernetes.yaml image=IMAGE data.url=s3://bucket/ns url=s3://bucket/fno --apply"
         ),
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of a run: a path or any fsspec URL")
@@ -53,16 +55,11 @@ def register(commands: Any) -> None:
 
 
 def submit(args: argparse.Namespace) -> int:
-    from cluster.launch.cluster_config import load
     from cluster.launch.spec import INDEX
     from trainer import config as configs
 
     on_run, on_cluster, own = split(args.overrides, args.on)
-    cluster = load(args.on, on_cluster)
-    if args.apply:
-        if cluster.backend != "kubernetes":
-            raise configs.ConfigError(f"--apply has no effect with backend={cluster.backend}; drop it")
-        cluster.options.apply = True
+    cluster = load_cluster(args.on, on_cluster, apply=args.apply)
     raw = configs.read_yaml(args.config)
     array = _array(own)
     url = next((o.partition("=")[2] for o in reversed(on_run) if o.startswith("url=")), str(raw.get("url", "")))
@@ -84,7 +81,6 @@ def submit(args: argparse.Namespace) -> int:
 
 def resume_on(args: argparse.Namespace) -> int:
     """`keel resume URL --on FILE`."""
-    from cluster.launch.cluster_config import load
     from cluster.watch.ask import ask
     from datamodules.store import Store
     from trainer import config as configs
@@ -93,7 +89,7 @@ def resume_on(args: argparse.Namespace) -> int:
     on_run, on_cluster, own = split(args.overrides, args.on)
     if "array" in own:
         raise configs.ConfigError("array has no effect on resume: each task is a run of its own with its own URL")
-    cluster = load(args.on, on_cluster)
+    cluster = load_cluster(args.on, on_cluster, apply=args.apply)
     store = Store(configs.absolute_url(args.url))
     _, verdict, job = ask(store)
     if job is not None and job["state"] in ("queued", "running"):
@@ -112,6 +108,19 @@ def resume_on(args: argparse.Namespace) -> int:
     return _send(
         args, [_checked(configs.to_dict(config), [], (nodes, processes), cluster)], cluster, store.url, own, False
     )
+
+
+def load_cluster(on: str, overrides: Sequence[str], *, apply: bool) -> ClusterConfig:
+    """The cluster's config; `apply`: on Kubernetes the manifest goes to kubectl."""
+    from cluster.launch.cluster_config import load
+    from trainer.config import ConfigError
+
+    cluster = load(on, overrides)
+    if apply:
+        if cluster.backend != "kubernetes":
+            raise ConfigError(f"--apply has no effect with backend={cluster.backend}; drop it")
+        cluster.options.apply = True
+    return cluster
 
 
 def split(overrides: Sequence[str], on: str) -> tuple[list[str], list[str], dict[str, str]]:
@@ -219,6 +228,7 @@ def _send(
         array=_array(own),
     )
     backend = open_backend(cluster)
+    _heed_places(backend, spec, tasks)
     rendered = backend.render(spec)
     if args.dry_run:
         print(rendered, end="" if rendered.endswith("\n") else "\n")
@@ -246,7 +256,12 @@ def _send(
         for store in begun:  # so that the same command works once the mistake is mended
             store.delete("config.yaml")
         raise
-    write_job(spec, cluster, job_id)
+    try:
+        write_job(spec, cluster, job_id)
+    except BaseException:
+        if not by_hand and not foreground:  # nobody would find it
+            _give_up(backend, job_id)
+        raise
     if by_hand:
         print(rendered, end="")
         print(
@@ -264,6 +279,31 @@ def _send(
         with contextlib.suppress(NotFound):
             print(outcome(task.url), flush=True)
     return ended
+
+
+def _heed_places(backend: Backend, spec: JobSpec, tasks: Sequence[RunConfig]) -> None:
+    """A folder of this machine is not one of the nodes: refused where that is known, told where it may be shared."""
+    from cluster.launch.kubernetes import Kubernetes
+    from cluster.launch.local_backend import Local
+    from cluster.launch.spec import local_path
+
+    places = {"url": spec.run_url, "data.url": tasks[0].data.url, "weights.url": tasks[0].weights.url}
+    if isinstance(backend, Kubernetes):
+        backend.refuse_unseen(places)
+    elif not isinstance(backend, Local) and max(spec.nodes, spec.max_nodes) > 1:
+        found = [f"{key}={url}" for key, url in places.items() if url and local_path(url)]
+        if found:
+            line = f"{', '.join(found)}: all nodes must see this folder under this path; an object store needs none"
+            print(f"keel: warning: {line}", file=sys.stderr, flush=True)
+
+
+def _give_up(backend: Backend, job_id: str) -> None:
+    what = f"job {job_id} is cancelled, since"
+    try:
+        backend.cancel(job_id)
+    except (ValueError, OSError) as error:
+        what = f"job {job_id} goes on and must be cancelled by hand ({' '.join(str(error).split())});"
+    print(f"keel: warning: {what} its run cannot be told of it", file=sys.stderr, flush=True)
 
 
 def job_name(name: str) -> str:

@@ -153,7 +153,7 @@ def _name(seen: Seen) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- logs
 def logs(args: argparse.Namespace) -> int:
-    from cluster.watch.ask import ask, tell
+    from cluster.watch.ask import tell, watched
     from cluster.watch.logs import Log, choose, follow, lines
 
     store = open_run(args.url)
@@ -165,7 +165,7 @@ def logs(args: argparse.Namespace) -> int:
 
     found = find()
     if args.follow:
-        for line in follow(store, find, lambda: ask(store)[1].over, tail=args.tail):
+        for line in follow(store, find, watched(store), tail=args.tail):
             print(line, flush=True)
         return 0
     if found:
@@ -198,6 +198,7 @@ def _why_none(store: Store) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- cancel
 def cancel(args: argparse.Namespace) -> int:
+    from cluster.launch.job import JobFile
     from cluster.watch.ask import ask, tell, wait
     from trainer.status import CANCEL
 
@@ -209,13 +210,13 @@ def cancel(args: argparse.Namespace) -> int:
     store.write_json(CANCEL, {"time": time.time(), "host": socket.gethostname(), "user": _user()})
     error: str | None = None
     if said is not None:
-        _, error = tell(store, lambda job: job.open().cancel(job.task_id))
+        _, error = tell(store, JobFile.cancel)
         if said["state"] is None:
             error = error or said.get("error")
     where = f"job {said['id']} on {said['backend']} is" if said and not error else "it is"
     print(f"{where} asked to save and end; a request lies in the store, too" if said and not error else _left(verdict))
     if error:
-        print(f"keel: warning: its backend cannot be asked from here: {error}", file=sys.stderr)
+        print(f"keel: warning: its backend cannot be told from here: {error}", file=sys.stderr)
     if not args.wait:
         return 0
     _, verdict, _ = wait(store)

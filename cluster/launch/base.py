@@ -44,7 +44,7 @@ class Backend(Protocol):
         ...
 
     def submit(self, spec: JobSpec) -> str:
-        """Queues the job and returns its id, as the cluster's own tools know it.
+        """Queues a job that `check` has let pass, and returns its id, as the cluster's own tools know it.
 
         Raises:
             ValueError, OSError: it was refused; one clear line.
@@ -54,6 +54,11 @@ class Backend(Protocol):
     def state(self, job_id: str) -> str:
         """One of `STATES`; a job that the cluster no longer knows is `unknown`. Here and below the id may be that of one
         task of an array: JOB_TASK."""
+        ...
+
+    def owns(self, job_id: str, run_url: str) -> bool:
+        """Whether the job of this id is that of the run at `run_url` (of an array, with its `{index}`): some clusters give
+        a number to another job later, and every cluster of a kind has its own."""
         ...
 
     def cancel(self, job_id: str) -> None:

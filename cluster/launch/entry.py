@@ -6,6 +6,8 @@ Backends tell the node where it stands by its environment, so that the command i
     KEEL_RENDEZVOUS       HOST:PORT of node 0, as the other nodes reach it (not needed for one node)
     KEEL_JOB              the job's id, for those who read the status
     KEEL_ARRAY_INDEX      the task of an array
+    KEEL_PROGRESS_CODE    exit code in place of 69 and 74 where the run has a new commit since this start of the node, for
+                          a backend that cannot ask the store itself
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
 
 NODE, RENDEZVOUS, JOB_ID, ARRAY_INDEX = "KEEL_NODE", "KEEL_RENDEZVOUS", "KEEL_JOB", "KEEL_ARRAY_INDEX"
+PROGRESS_CODE = "KEEL_PROGRESS_CODE"
 CODE_CACHE = "KEEL_CODE_CACHE"  # folder for unpacked snapshots; default: in the folder for temporary files
 _NODE = "cluster.launch.node"
 

@@ -43,6 +43,20 @@ class JobFile:
         """The backend that the job was submitted to."""
         return open_backend(self.cluster)
 
+    def state(self) -> str:
+        """As the backend tells it (`base.STATES`); unknown where the id is now that of somebody else's job."""
+        backend = self.open()
+        return backend.state(self.task_id) if backend.owns(self.task_id, self.spec.run_url) else "unknown"
+
+    def cancel(self) -> None:
+        """Raises ValueError where the id is now that of somebody else's job; that is left alone."""
+        backend = self.open()
+        if not backend.owns(self.task_id, self.spec.run_url):
+            raise ValueError(
+                f"job {self.task_id}, as {self.backend} knows it here, is not of this run; it is left alone"
+            )
+        backend.cancel(self.task_id)
+
 
 def write_job(spec: JobSpec, cluster: ClusterConfig, job_id: str) -> None:
     """Writes `job.json` at the run's URL, or at those of all tasks of an array."""

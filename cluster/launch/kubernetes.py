@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
@@ -18,7 +18,7 @@ from cluster.launch.kubectl import Kubectl, KubectlError, Missing
 from cluster.launch.kubernetes_config import KubernetesConfig, quantity
 from cluster.launch.kubernetes_kinds import KIND, Kind
 from cluster.launch.kubernetes_pods import INSTANCE, TASK
-from cluster.launch.spec import JobSpec
+from cluster.launch.spec import JobSpec, local_path
 
 if TYPE_CHECKING:
     from cluster.launch.cluster_config import ClusterConfig
@@ -69,8 +69,7 @@ class Kubernetes:
         self._check_quota(spec)
 
     def submit(self, spec: JobSpec) -> str:
-        """Gives the manifest to kubectl and returns the job's name. Raises as `check`."""
-        self.check(spec)
+        """Gives the manifest of a job that was checked to kubectl, and returns the job's name."""
         name = name_of(spec)
         self._delete(name, wait=True)
         self._kubectl("apply", "-f", "-", stdin=self.render(spec))
@@ -93,6 +92,9 @@ class Kubernetes:
             going = "running" if job["metadata"]["labels"].get(TASK) in running else "queued"
             states.add(self.kind.ended(job) or going)
         return next((state for state in _ORDER if state in states), "unknown")
+
+    def owns(self, job_id: str, run_url: str) -> bool:
+        return True  # an id is used once
 
     def cancel(self, job_id: str) -> None:
         """Deletes the job: its pods are told to save and end. One that has ended is left alone."""
@@ -128,8 +130,14 @@ class Kubernetes:
                 raise ValueError(f"max_nodes={spec.max_nodes}: a {kind} keeps its number of nodes; use kind=job")
             if self.options.queue and kind != "job":
                 raise ValueError(f"max_nodes={spec.max_nodes}: Kueue admits all of a {kind} or nothing; use kind=job")
-        if spec.code.how == "path" and not any(spec.code.where.startswith(v.path) for v in self.options.volumes):
-            raise ValueError(f"code.where={spec.code.where} lies in none of kubernetes.volumes, so no pod sees it")
+        self.refuse_unseen({"url": spec.run_url, "code.where": spec.code.where})
+
+    def refuse_unseen(self, places: Mapping[str, str]) -> None:
+        """Raises ValueError when one of `places` (setting -> URL, or "") is a folder that no pod has."""
+        for key, url in places.items():
+            path = local_path(url)
+            if path and not any(f"{path}/".startswith(f"{v.path.rstrip('/')}/") for v in self.options.volumes):
+                raise ValueError(f"{key}={path} lies in none of kubernetes.volumes, so no pod sees it")
 
     def _check_names(self) -> None:
         options = self.options

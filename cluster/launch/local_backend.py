@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cluster.launch import cluster_config
+from cluster.launch import available_cores, cluster_config
 from cluster.launch.cluster_config import ClusterConfig
 from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS, node_command, node_environment
 from cluster.launch.spec import JobSpec, to_dict
 
 JOB, PID, OUTCOME, CANCEL, STARTED = "job.json", "pid.json", "outcome.json", "cancel", "started"
+_DEVICES, _THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -60,8 +61,11 @@ class Local:
         """One node's command line."""
         return node_command(spec, self.cluster, python=sys.executable, time_limit_s=spec.time_limit_s)
 
-    def environment(self, spec: JobSpec, node: int, port: int | str, task: int | str | None) -> dict[str, str]:
-        """What one node finds in its environment, beside this process's own."""
+    def environment(
+        self, spec: JobSpec, node: int, port: int | str, task: int | str | None, place: int = 0
+    ) -> dict[str, str]:
+        """What one node finds in its environment, beside this process's own. `place`: of the tasks that run at once, 0 to
+        `parallel` - 1."""
         env = node_environment(spec)
         if spec.code.how == "image":  # what is installed here is what runs here
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
@@ -70,7 +74,21 @@ class Local:
             env[RENDEZVOUS] = f"127.0.0.1:{port}"
         if task is not None:
             env[ARRAY_INDEX] = str(task)
+        if spec.cpus and _THREADS not in spec.env and not os.environ.get(_THREADS):
+            env[_THREADS] = str(max(1, spec.cpus // spec.processes))
+        if spec.accelerators:
+            env[_DEVICES] = self._devices(spec, place * spec.nodes + node)
         return env
+
+    def _devices(self, spec: JobSpec, node: int) -> str:
+        """The accelerators of the `node`-th node that runs at once, out of those that are to be used here."""
+        first, last = node * spec.accelerators, (node + 1) * spec.accelerators
+        given = spec.env.get(_DEVICES) or os.environ.get(_DEVICES)
+        return ",".join(given.split(",")[first:last] if given else map(str, range(first, last)))
+
+    def _at_once(self, spec: JobSpec) -> int:
+        """Nodes that run at once."""
+        return spec.nodes * max(1, min(spec.array, self.options.parallel))
 
     def render(self, spec: JobSpec) -> str:
         """The shell lines that start the job's nodes."""
@@ -85,6 +103,8 @@ class Local:
             task = "$TASK"
         for node in range(spec.nodes):
             env = self.environment(spec, node, self.cluster.rendezvous.port or "$FREE_PORT", task)
+            if _DEVICES in env and self._at_once(spec) > spec.nodes:
+                env[_DEVICES] = "$DEVICES"  # of whatever task has ended
             words = [f"{name}={_quoted(value)}" for name, value in env.items()]
             words += [shlex.quote(word) for word in self.command(spec)]
             lines.append(" ".join(words) + (" &" if node < spec.nodes - 1 else ""))
@@ -93,13 +113,17 @@ class Local:
     def check(self, spec: JobSpec) -> None:
         """Whether this machine has what the job wants."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if spec.memory_gib * spec.nodes > memory:
+        nodes = self._at_once(spec)
+        if spec.cpus > (cores := available_cores()):
+            raise ValueError(f"cpus={spec.cpus}: this machine has {cores}")
+        if spec.memory_gib * nodes > memory:
             raise ValueError(f"memory_gib={spec.memory_gib:g}: this machine has {memory:.1f} GiB")
         if spec.accelerators:
             import torch
 
-            if (have := torch.cuda.device_count()) < spec.accelerators * spec.nodes:
-                raise ValueError(f"accelerators={spec.accelerators}: this machine has {have}")
+            if (have := torch.cuda.device_count()) < spec.accelerators * nodes:
+                many = f" for each of {nodes} nodes at once" if nodes > 1 else ""
+                raise ValueError(f"accelerators={spec.accelerators}{many}: this machine has {have}")
         if spec.image:
             raise ValueError(f"image={spec.image} has no effect with backend=local; drop it")
         for job in spec.after:
@@ -148,17 +172,22 @@ class Local:
         return self.options.path / job_id
 
     def state(self, job_id: str) -> str:
-        """See `Backend.state`. A job of another machine is unknown here. All tasks of an array have the state of the job."""
-        folder = self.folder(_task(job_id)[0])
+        """See `Backend.state`. A job of another machine is unknown here."""
+        job_id, task = _task(job_id)
+        folder = self.folder(job_id)
         if not (folder / JOB).exists():
             return "unknown"
-        if (folder / OUTCOME).exists():
-            return str(json.loads((folder / OUTCOME).read_text())["state"])
+        for name in (of_task(OUTCOME, task), OUTCOME):
+            if (folder / name).exists():
+                return str(json.loads((folder / name).read_text())["state"])
         if not (folder / PID).exists():
             return "queued"
         if not alive(**json.loads((folder / PID).read_text())):
             return "failed"  # its supervisor was killed
-        return "running" if (folder / STARTED).exists() else "queued"
+        return "running" if (folder / of_task(STARTED, task)).exists() else "queued"
+
+    def owns(self, job_id: str, run_url: str) -> bool:
+        return True  # an id is used once
 
     def cancel(self, job_id: str) -> None:
         """SIGTERM to the supervisor: the nodes save and end, and nothing is started again. One task of an array: the
@@ -189,6 +218,11 @@ def _task(job_id: str) -> tuple[str, int | None]:
     return (job, int(task)) if job and task.isdigit() else (job_id, None)
 
 
+def of_task(name: str, task: int | None) -> str:
+    """What one task of an array has in place of the job's file `name`."""
+    return name if task is None else f"task-{task:05d}-{name}"
+
+
 def alive(pid: int, ticks: int) -> bool:
     """Whether the process that had this id, and started at this time, still runs."""
     return started_at(pid) == ticks
@@ -203,11 +237,12 @@ def started_at(pid: int) -> int | None:
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def outcome(folder: Path, state: str, code: int, reason: str) -> None:
-    """Writes how a job ended."""
-    part = folder / f"{OUTCOME}.part"
+def outcome(folder: Path, state: str, code: int, reason: str, task: int | None = None) -> None:
+    """Writes how a job, or a task of one, ended."""
+    name = of_task(OUTCOME, task)
+    part = folder / f"{name}.part"
     part.write_text(json.dumps({"state": state, "code": code, "reason": reason, "time": time.time()}))
-    part.rename(folder / OUTCOME)
+    part.rename(folder / name)
 
 
 def _quoted(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 import uuid
@@ -71,7 +72,7 @@ def rendezvous(group: Group | None) -> tuple[RendezvousHandler, str]:
                 is_host=group.node == 0,
                 read_timeout=_READ_S,
                 join_timeout=round(group.join_timeout_s),
-                last_call_timeout=min(30, round(group.join_timeout_s)),
+                last_call_timeout=min(30, math.ceil(group.join_timeout_s / 4)),  # well before the other is over
                 keep_alive_interval=interval,
                 keep_alive_max_attempt=3,
             )

@@ -32,7 +32,7 @@ from cluster.launch import (
     requeue_on_signal,
 )
 from cluster.launch.budget import newest_commit
-from cluster.launch.entry import ARRAY_INDEX, NODE, RENDEZVOUS
+from cluster.launch.entry import ARRAY_INDEX, NODE, PROGRESS_CODE, RENDEZVOUS
 from cluster.launch.spec import INDEX
 from trainer.restarts import HEARTBEAT
 
@@ -105,11 +105,11 @@ def _run(args: argparse.Namespace) -> int:
         observer=watch,
     )
     watch.open()
-    before = _record(watch.store)
+    before, reached = _record(watch.store), _reached(url)
     code, reason = 1, "the launcher failed"
     try:
         code, reason = _launch(job, watch)
-        return code
+        return _told(code, url, reached)
     finally:
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # little is left to do, and it matters
@@ -118,6 +118,21 @@ def _run(args: argparse.Namespace) -> int:
             with contextlib.suppress(OSError, ValueError):
                 _record_failure(watch.store, before, reason)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reached(url: str) -> int | None:
+    """The step of the newest commit, where the exit code is to tell of progress; None if it is not known."""
+    with contextlib.suppress(OSError):
+        return newest_commit(url) if os.environ.get(PROGRESS_CODE) else None
+    return None
+
+
+def _told(code: int, url: str, reached: int | None) -> int:
+    """What the backend is told in place of `code`."""
+    if code not in (EXIT_LOST, EXIT_UNAVAILABLE) or reached is None:
+        return code
+    newest = _reached(url)
+    return int(os.environ[PROGRESS_CODE]) if newest is not None and newest > reached else code
 
 
 def _launch(job: Job, watch: NodeWatch) -> tuple[int, str]:

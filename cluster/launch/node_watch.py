@@ -176,7 +176,8 @@ class NodeWatch(Observer):
         self.store.write_json(f"status/node-{self.node}.json", status)
 
     def _send_logs(self, most: int) -> None:
-        for log in sorted(self.folder.glob("attempt-*/rank-*.log")):
+        # An attempt's last lines before the next one's first: whoever follows goes on to that when it is there.
+        for log in sorted(self.folder.glob("attempt-*/rank-*.log"), key=_age):
             length = log.stat().st_size
             if self._sent.get(log) != length or (most == _FINAL_BYTES and length > _LIVE_BYTES):
                 self.store.write(f"logs/{log.parent.name}/node-{self.node}/{log.name}", _end(log, most))
@@ -227,6 +228,10 @@ def _machine() -> dict[str, Any]:
         "memory_available_bytes": memory.get("MemAvailable"),
         "load": os.getloadavg()[0],
     }
+
+
+def _age(log: Path) -> tuple[int, str]:
+    return int(log.parent.name.rpartition("-")[2]), log.name
 
 
 def code_version() -> str:

@@ -15,8 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR, slurm_client
-from cluster.launch.entry import node_command, node_environment
+from cluster.launch import (
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_REQUEUE,
+    EXIT_UNAVAILABLE,
+    EXIT_USER_ERROR,
+    slurm_client,
+)
+from cluster.launch.entry import PROGRESS_CODE, node_command, node_environment
 from cluster.launch.spec import JobSpec, passed
 
 if TYPE_CHECKING:
@@ -95,6 +102,8 @@ class SlurmConfig:
         for line in self.directives:
             if not line.startswith("-") or "\n" in line:
                 raise ValueError(f"directives: {line!r} is no sbatch option, such as --switches=1")
+            if line.startswith("--comment"):
+                raise ValueError(f"directives: {line!r}: a job's comment tells which run it is of; drop it")
 
 
 class Slurm:
@@ -142,8 +151,7 @@ class Slurm:
             )
 
     def submit(self, spec: JobSpec) -> str:
-        """Queues the job and returns Slurm's id of it. Raises as `check`."""
-        self.check(spec)
+        """Queues a job that was checked, and returns Slurm's id of it."""
         environment = {
             name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)
         }
@@ -151,6 +159,10 @@ class Slurm:
 
     def state(self, job_id: str) -> str:
         return slurm_client.state(job_id)
+
+    def owns(self, job_id: str, run_url: str) -> bool:
+        comments = slurm_client.comments(job_id)
+        return not comments or run_url in comments
 
     def cancel(self, job_id: str) -> None:
         slurm_client.cancel(job_id)
@@ -249,6 +261,8 @@ class Slurm:
             lines += ['export KEEL_ARRAY_INDEX="$SLURM_ARRAY_TASK_ID"']
         else:
             lines += ['export KEEL_JOB="$SLURM_JOB_ID"']
+        if spec.requeue:
+            lines += [f"export {PROGRESS_CODE}={_PROGRESS}"]
         if spec.nodes > 1:
             port = (
                 self.cluster.rendezvous.port or "$((15000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 15000))"
@@ -279,7 +293,7 @@ class Slurm:
         node = "\n".join([log, *self.cluster.setup, 'export KEEL_NODE="$SLURM_PROCID"', 'exec "$@"'])
         start = f"{shlex.join(words)} bash -c {shlex.quote(node)} node \\\n    {shlex.join(command)} &"
         early = '[[ -z "$told$cancelled" ]] || save'
-        return f"{_TRAPS}\n{start}\nstep=$!\n{early}\n"
+        return f"{_TRAPS}\n{_BEGUN if spec.requeue else ''}{start}\nstep=$!\n{early}\n"
 
 
 # The address that Slurm itself uses: the nodes' names need not resolve.
@@ -298,6 +312,15 @@ trap 'cancelled=1; save' USR2
 trap 'save' TERM
 """
 
+# What a node that was lost after a new commit ends with, here.
+_PROGRESS = 77
+
+# How often it was lost without a new commit. Only the job's comment outlives a requeue.
+_BEGUN = f"""\
+lost="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*{slurm_client.LOST}\\([0-9]*\\).*/\\1/p' | head -n 1)"
+begun="$(stat -Lc %s /proc/$$/fd/2)"
+"""
+
 _WAIT = """\
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
@@ -314,10 +337,20 @@ if [[ -n "$cancelled" ]] && running; then scancel "$SLURM_JOB_ID"; fi
 def _end(spec: JobSpec) -> str:
     """What becomes of the job when its nodes have ended."""
     again = f"""\
-# A run that is told to save while it starts cannot answer with {EXIT_REQUEUE}; it has lost nothing.
-if [[ -n "$told" && $code != 0 && $code != {EXIT_USER_ERROR} ]]; then code={EXIT_REQUEUE}; fi
-# Nodes that lost each other, or their store, may meet again, but not for ever.
-if [[ $code == {EXIT_LOST} || $code == {EXIT_UNAVAILABLE} ]] && (( ${{SLURM_RESTART_COUNT:-0}} < {spec.retries} )); then code={EXIT_REQUEUE}; fi
+# srun ends with the largest code of all nodes, and tells each of them in this job's log.
+ended() {{ [[ -f /proc/$$/fd/2 ]] && tail -c "+$((begun + 1))" /proc/$$/fd/2 | grep -q "Exited with exit code $1$"; }}
+note() {{ scontrol update JobId="$SLURM_JOB_ID" Comment={shlex.quote(spec.run_url)}"$1"; }}
+if ended {EXIT_USER_ERROR}; then code={EXIT_USER_ERROR}; fi
+if ended {_PROGRESS}; then lost=0; fi
+if [[ $code == {_PROGRESS} ]]; then code={EXIT_LOST}; fi
+if [[ -n "$told" && $code != 0 && $code != {EXIT_USER_ERROR} ]]; then
+    code={EXIT_REQUEUE}  # a run that is told to save while it starts cannot answer so; it has lost nothing
+elif [[ $code == {EXIT_REQUEUE} && -n "$lost" ]]; then
+    note ''
+elif [[ $code == {EXIT_LOST} || $code == {EXIT_UNAVAILABLE} ]] || (( code > 128 && code != {EXIT_INTERRUPTED} )); then
+    # Nodes that were killed, or lost each other or their store, may meet again, but not for ever.
+    if (( ${{lost:-0}} < {spec.retries} )); then code={EXIT_REQUEUE}; note "{slurm_client.LOST}$((${{lost:-0}} + 1))"; fi
+fi
 if [[ $code == {EXIT_REQUEUE} && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
 """
     return f'{_WAIT}\n{_RUNNING}{again if spec.requeue else ""}exit "$code"\n'

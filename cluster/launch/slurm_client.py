@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 _TIMEOUT_S = 90  # a Slurm client tries for a minute to find its own configuration
 
+LOST = "#lost="  # in a job's comment, behind the run's URL: how often its nodes were lost
+
 _STATES = {
     "queued": ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
     "running": ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"),
@@ -80,9 +82,28 @@ def state(job_id: str) -> str:
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
-        found = _accounted(job_id)
+        found = [line.split()[0] for line in _accounted(job_id, "State") if line.strip()]
     states = {_common(name) for name in found}
     return next((name for name in _ORDER if name in states), "unknown")
+
+
+def comments(job_id: str) -> list[str]:
+    """The comments of a job, or of an array's tasks, less what Keel adds to them: whose they are. Nothing for a job that
+    Slurm no longer knows; a job without one has the comment ""."""
+    try:
+        shown = _call("scontrol", "show", "job", "-o", job_id).splitlines()
+        found = [re.search(r" Comment=(.*?)(?= \w+=|$)", line) for line in shown if line.strip()]
+        said = ["" if match is None else match[1] for match in found]
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        said = list(filter(None, _accounted(job_id, "Comment")))  # which few sites keep
+    return [run_of(comment) for comment in said]
+
+
+def run_of(comment: str) -> str:
+    """The URL of the run, of a job's comment."""
+    return re.sub(rf"{LOST}\d+$", "", comment)
 
 
 def cancel(job_id: str) -> None:
@@ -128,10 +149,10 @@ def _common(name: str) -> str:
     return next((common for common, names in _STATES.items() if name in names), "failed")
 
 
-def _accounted(job_id: str) -> list[str]:
-    """States by Slurm's data base, for a job that slurmctld has forgotten; nothing where there is none."""
+def _accounted(job_id: str, column: str) -> list[str]:
+    """A column of Slurm's data base, for a job that slurmctld has forgotten; nothing where there is none."""
     try:
-        return re.findall(r"^\s*([A-Z_]+)", _call("sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State"), re.MULTILINE)
+        return _call("sacct", "-n", "-X", "-P", "-j", job_id, "-o", column).splitlines()
     except SlurmError:
         return []
 

@@ -11,7 +11,7 @@ INDEX = "{index}"  # in a command, a URL or a value: the number of an array's ta
 HOW = ("snapshot", "path", "image")
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
+_SECRET = re.compile(r"SECRET|(^|_)TOKEN(_|$)|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ class JobSpec:
 def is_secret(name: str) -> bool:
     """Whether a variable's name says that its value is nobody's business."""
     return bool(_SECRET.search(name))
+
+
+def local_path(url: str) -> str | None:
+    """The path of a URL that is a folder of some machine; None for one in an object store."""
+    scheme, _, path = url.rpartition("://")
+    return path if scheme in ("", "file", "local") else None
 
 
 def passed(spec: JobSpec, environment: Mapping[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import IO
 from cluster.launch import EXIT_LOST, EXIT_OK, EXIT_REQUEUE, EXIT_UNAVAILABLE, PARENT_PID, cluster_config
 from cluster.launch.budget import Budget, newest_commit
 from cluster.launch.entry import JOB_ID
-from cluster.launch.local_backend import CANCEL, JOB, PID, STARTED, Local, outcome, started_at
+from cluster.launch.local_backend import CANCEL, JOB, PID, STARTED, Local, of_task, outcome, started_at
 from cluster.launch.spec import INDEX, JobSpec, from_dict, passed
 
 _POLL_S = 0.1
@@ -35,6 +35,7 @@ class Task:
     def __init__(self, local: Local, spec: JobSpec, index: int | None, folder: Path, foreground: bool) -> None:
         self.local, self.spec, self.index, self.folder, self.foreground = local, spec, index, folder, foreground
         self.code: int | None = None
+        self.place = 0  # among those that run at once
         url = spec.run_url if index is None else spec.run_url.replace(INDEX, str(index))
         self._losses, self._budget = 0, Budget(spec.retries, lambda: newest_commit(url))
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -49,7 +50,7 @@ class Task:
         own = {JOB_ID: self.folder.name, PARENT_PID: str(os.getpid())}
         self._nodes, self._first_code, self._stopping = [], None, False
         for node in range(self.spec.nodes):
-            env = {**os.environ, **self.local.environment(self.spec, node, port, self.index), **own}
+            env = {**os.environ, **self.local.environment(self.spec, node, port, self.index, self.place), **own}
             with self._output(node) as out:
                 self._nodes.append(
                     subprocess.Popen(
@@ -149,7 +150,7 @@ def supervise(folder: Path, *, foreground: bool = False) -> int:
             indices: list[int | None] = list(range(spec.array)) if spec.array else [None]
             waiting = [Task(local, spec, index, folder, foreground) for index in indices]
             code, reason = _run(waiting, running, local.options.parallel, lambda: bool(told))
-        state = "done" if code == EXIT_OK else "cancelled" if told or (folder / CANCEL).exists() else "failed"
+        state = _state(code, bool(told) or (folder / CANCEL).exists())
     except ValueError as error:
         print(f"keel: error: {error}", file=sys.stderr)
         code, reason = 2, str(error)
@@ -158,6 +159,10 @@ def supervise(folder: Path, *, foreground: bool = False) -> int:
             signal.signal(signum, handler)
         outcome(folder, state, code, reason)
     return code
+
+
+def _state(code: int | None, told: bool) -> str:
+    return "done" if code == EXIT_OK else "cancelled" if told else "failed"
 
 
 def _after(local: Local, spec: JobSpec, told: Callable[[], bool]) -> tuple[int, str]:
@@ -177,12 +182,17 @@ def _run(waiting: list[Task], running: list[Task], parallel: int, told: Callable
     ended: list[Task] = []
     while running or (waiting and not told()):
         while waiting and len(running) < parallel and not told():
-            running.append(waiting.pop(0))
-            running[-1].start()
+            task = waiting.pop(0)
+            task.place = min(set(range(parallel)) - {other.place for other in running})
+            running.append(task)
+            task.start()
+            (task.folder / of_task(STARTED, task.index)).touch()
         for task in list(running):
-            if task.poll(told() or task.cancelled()):
+            if task.poll(ending := told() or task.cancelled()):
                 running.remove(task)
                 ended.append(task)
+                if task.index is not None:
+                    outcome(task.folder, _state(task.code, ending), task.code or EXIT_OK, "", task.index)
         time.sleep(_POLL_S)
     if waiting:
         return EXIT_REQUEUE, f"cancelled with {len(waiting)} tasks not started"

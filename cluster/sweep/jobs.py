@@ -95,7 +95,7 @@ class Cluster:
                 if not sweep.claim([row]):
                     continue
                 job = read_job(Store(spec.run_url))
-                if job is not None and job.open().state(job.job_id) in ("queued", "running"):
+                if job is not None and job.state() in ("queued", "running"):
                     continue  # of an earlier driver
                 sweep.begin(row)
                 ids.append(self.backend.submit(spec))

@@ -101,7 +101,7 @@ def _state(table: Table, row: Row, results: Mapping[str, Result], held: Mapping[
         return str(results[row.id]["status"])
     if row.nodes > 1:  # a job of its own, which no driver waits for
         job = read_job(Store(table.run_url(row)))
-        alive = job is not None and job.open().state(job.job_id) in ("queued", "running")
+        alive = job is not None and job.state() in ("queued", "running")
     else:
         alive = held.get(row.id, False)
     return "running" if alive else "missing"

@@ -24,7 +24,7 @@ def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
     index = seen.job.get("index")
     name = seen.job["job_id"] if index is None else f"{seen.job['job_id']}_{index}"
     said: dict[str, Any] = {"id": name, "backend": seen.job["backend"], "state": None}
-    if verdict.state not in DONE:
+    if verdict.state not in DONE or seen.silent:
         said["state"], said["error"] = _job_state(store)
         verdict = judge(seen, said["state"])
     return seen, verdict, said
@@ -32,11 +32,7 @@ def ask(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
 
 def _job_state(store: Store) -> tuple[str | None, str | None]:
     """(state of the run's job by its backend, or None; why it could not be asked)."""
-
-    def call(job: JobFile) -> str:
-        return job.open().state(job.task_id)
-
-    state, error = tell(store, call)
+    state, error = tell(store, JobFile.state)
     if state == "unknown":
         return None, "its backend, as it is seen from here, does not know it"
     return state, error
@@ -63,10 +59,35 @@ def tell(store: Store, call: Callable[[JobFile], Any]) -> tuple[Any, str | None]
 
 
 def wait(store: Store) -> tuple[Seen, Verdict, Mapping[str, Any] | None]:
-    """`ask`, once the run has ended or is dead."""
+    """`ask`, once the run has ended or is dead, and its job has left the queue."""
     while True:
         found = ask(store)
-        if found[1].over:
+        if over(found[1], found[2]):
             return found
-        heard = found[0].run or next(iter(found[0].nodes.values()), None)
-        time.sleep(min(max(heard.period if heard else 2.0, 0.5), 30.0))
+        time.sleep(pause(found[0]))
+
+
+def over(verdict: Verdict, job: Mapping[str, Any] | None) -> bool:
+    """Whether nothing more is to come: neither of the run, nor of its job, which may end later, or start it again."""
+    return verdict.over and (job is None or job["state"] not in ("queued", "running"))
+
+
+def watched(store: Store, clock: Callable[[], float] = time.monotonic) -> Callable[[], bool]:
+    """Whether nothing more is to come of the run, for those who ask often: looked at once per heartbeat."""
+    due = 0.0
+
+    def is_over() -> bool:
+        nonlocal due
+        if clock() < due:
+            return False
+        seen, verdict, job = ask(store)
+        due = clock() + pause(seen)
+        return over(verdict, job)
+
+    return is_over
+
+
+def pause(seen: Seen) -> float:
+    """Seconds after which the run may have something new to say: between two of its heartbeats."""
+    heard = seen.run or next(iter(seen.nodes.values()), None)
+    return min(max(heard.period if heard else 2.0, 0.5), 30.0)

@@ -55,30 +55,40 @@ def follow(
 ) -> Iterator[str]:
     """`lines`, then what is added to these logs and to those of later attempts, until `over()` and all is told."""
     told: dict[str, int] = {}  # bytes of each log
+    followed: list[Log] = []
     first, ending = True, False
     while True:
         logs = find()
-        for log in logs:
-            try:
-                raw = store.read(log.path)
-            except NotFound:  # the run was started again from nothing
-                continue
-            start, data = _whole(raw)
-            seen = told.get(log.path, 0)
-            new = data[max(0, seen - start) :]
-            new = new if ending else new[: new.rfind(b"\n") + 1]  # the rest of the line comes later
-            told[log.path] = max(seen, start) + len(new)
-            text = new.decode(errors="replace").splitlines()
+        newest = max((log.attempt for log in logs), default=0)
+        # What an attempt prints last comes with what the next one prints first.
+        before = [log for log in followed if log.attempt < newest]
+        for log in [*before, *logs]:
+            text = _new(store, log, told, to_end=ending or log.attempt < newest)
             if first and tail is not None:
                 text = text[max(0, len(text) - tail) :]
             for line in text:
-                yield _marked(log, line, len(logs))
+                yield _marked(log, line, len(before if log.attempt < newest else logs))
         if ending:
             return
+        followed = logs or followed
         first = first and not logs
         ending = over()  # asked before the last look: what came between is told, too
         if not ending:
             sleep(pause_s)
+
+
+def _new(store: Store, log: Log, told: dict[str, int], *, to_end: bool) -> list[str]:
+    """The lines of `log` that are not told yet; the last one only if it is whole, or `to_end`."""
+    try:
+        raw = store.read(log.path)
+    except NotFound:  # the run was started again from nothing
+        return []
+    start, data = _whole(raw)
+    seen = told.get(log.path, 0)
+    new = data[max(0, seen - start) :]
+    new = new if to_end else new[: new.rfind(b"\n") + 1]  # the rest of the line comes later
+    told[log.path] = max(seen, start) + len(new)
+    return new.decode(errors="replace").splitlines()
 
 
 def _whole(raw: bytes) -> tuple[int, bytes]:

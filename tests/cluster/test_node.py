@@ -17,8 +17,10 @@ import pytest
 
 from cluster.launch import Group, meet
 from cluster.launch.agent import interface_of, local_address
+from cluster.launch.node_watch import NodeWatch
 from datamodules.store import Store
 from tests.conftest import free_port
+from trainer.records import read_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = """
@@ -36,6 +38,28 @@ if action == "user":
     sys.exit(2)
 if action == "once" and os.environ["KEEL_RESTARTS"] == "0":
     time.sleep(60)
+if action == "elastic":  # commits at each start; ends when it is told to, or when the other rank is gone
+    from datamodules.store import Store
+    from trainer import restarts
+    from trainer.commits import committed_steps, step_name
+    from trainer.records import start_attempt
+    restarts.die_with_parent()
+    store, world = Store("run"), int(os.environ["WORLD_SIZE"])
+    if rank == "0":
+        reached = max(committed_steps(store.sub("checkpoints")), default=0)
+        start_attempt(store, {"resumed_from": reached, "world": world})
+        store.write(f"checkpoints/{step_name(reached + 1)}/COMMITTED", b"{}")
+    else:
+        store.write_json("peer.json", os.getpid())
+    while not os.path.exists("end"):
+        if world == 2 and rank == "0" and os.path.exists("run/peer.json"):
+            if not os.path.exists(f"/proc/{store.read_json('peer.json')}"):
+                sys.exit(1)
+        time.sleep(0.05)
+if action == "commits":
+    os.makedirs("run/checkpoints/step-00000001", exist_ok=True)
+    open("run/checkpoints/step-00000001/COMMITTED", "w").close()
+    sys.exit(69)
 """
 
 
@@ -91,6 +115,24 @@ def test_bad_input_keeps_its_line(place: Path) -> None:
     assert not (place / "run/record.jsonl").exists()
 
 
+def test_a_lost_node_tells_whether_there_is_a_new_commit(place: Path) -> None:
+    for code in (77, 69):
+        node = start(place, "commits", env={"KEEL_PROGRESS_CODE": "77"})
+        _, err = node.communicate(timeout=60)
+        assert node.returncode == code, err
+        assert status(place)["exit_code"] == 69
+
+
+def test_logs_of_attempts_are_sent_in_their_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, sent = Store(str(place / "run")), []
+    monkeypatch.setattr(Store, "write", lambda self, path, data: sent.append(path))
+    for attempt in (10, 9):
+        (place / f"attempt-{attempt}").mkdir()
+        (place / f"attempt-{attempt}/rank-0.log").write_text("x\n")
+    NodeWatch(store, 0, str(place), 10.0, together=False)._send_logs(1 << 20)
+    assert sent == [f"logs/attempt-{attempt}/node-0/rank-0.log" for attempt in (9, 10)]
+
+
 def test_the_task_of_an_array_is_put_in_everywhere(place: Path) -> None:
     env = {"KEEL_ARRAY_INDEX": "3", "SETTING": "s-{index}"}
     node = start(place, "task-{index}", env=env, run="run-{index}")
@@ -114,6 +156,51 @@ def test_nodes_start_again_together_and_count_alike(place: Path) -> None:
     assert states[0]["cause"] == states[1]["cause"] == "rank 1 failed with exit code 1"
     shown = "".join(out for out, _ in said)
     assert "start 0" in shown and "start 1" in shown and "rank 1 of 2" not in shown
+
+
+def test_a_node_that_joins_late_and_is_killed_changes_the_number_not_the_run(place: Path) -> None:
+    env = {"KEEL_RENDEZVOUS": f"127.0.0.1:{free_port()}", "OMP_NUM_THREADS": "1"}
+    words = ("elastic", "--nodes=1:2", "--restarts=2", "--join-timeout=12", "--lost=3")
+    store = Store(str(place / "run"))
+
+    def attempts(count: int) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + 90
+        while len(found := read_attempts(store)) < count:
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        return found
+
+    first = start(place, *words, env=env | {"KEEL_NODE": "0"})
+    attempts(1)
+    second = start(place, *words, env=env | {"KEEL_NODE": "1"})
+    attempts(2)
+    while not store.exists("peer.json"):
+        time.sleep(0.05)
+    second.kill()
+    found = attempts(3)
+    (place / "end").touch()
+    _, err = first.communicate(timeout=60)
+    second.communicate(timeout=60)
+    assert first.returncode == 0, err
+    assert [(row["world"], row["resumed_from"]) for row in found] == [(1, 0), (2, 1), (1, 2)]
+    said = status(place)
+    assert (said["nodes"], said["start"], said["attempt"], said["reason"]) == (1, 2, 3, "done")
+
+
+def test_nodes_of_other_versions_do_not_begin(place: Path) -> None:
+    other = place / "other/numpy-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9\n")
+    env = {"KEEL_RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    skewed = {"PYTHONPATH": os.pathsep.join([str(other.parent), str(ROOT), str(place)])}
+    words = ("ok", "--nodes=2", "--restarts=2", "--join-timeout=60")
+    nodes = [start(place, *words, env=env | {"KEEL_NODE": str(n)} | (skewed if n else {})) for n in range(2)]
+    said = [node.communicate(timeout=60) for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    for out, err in said:
+        assert out == "" and err.startswith("keel: error: node ") and err.count("\n") == 1
+        assert "has numpy 9.9, node 0 (" in err and err.endswith(": all nodes must run the same\n")
+    assert "must run the same" in status(place, 1)["reason"] and not (place / "run/logs").exists()
 
 
 @pytest.mark.parametrize("how", ["signal", "time-out"])

@@ -48,7 +48,7 @@ while not stopped:
     if os.getppid() != note["ppid"]:
         sys.exit(1)
     time.sleep(0.02)
-time.sleep(0.5)  # a save takes a while
+time.sleep(5 if action == "slow" else 0.5)  # a save takes a while, and longer than the 3 s that Ray leaves a driver
 open(name + ".saved", "w").close()
 sys.exit(75)
 """
@@ -119,7 +119,7 @@ def ended(ray_cluster: RayCluster, job_id: str) -> tuple[str, int]:
 def test_nodes_know_where_they_stand_and_save_when_cancelled(
     backend: Ray, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
-    name = backend.submit(job(tmp_path, "x", memory_gib=1, processes=1, cpus=CPUS))
+    name = backend.submit(job(tmp_path, "slow", memory_gib=1, processes=1, cpus=CPUS))
     waiting = backend.submit(job(tmp_path, "x", cpus=CPUS))
     first, second = notes(tmp_path, name, 1, 1)
     assert (first["KEEL_NODE"], second["KEEL_NODE"]) == ("0", "1") and {first["ray"], second["ray"]} == {"n1", "n2"}
@@ -245,7 +245,7 @@ def test_what_can_never_run_is_refused_before_it_is_queued(
     monkeypatch.setenv("DOLLAR", "a$b")
     jobs = len(ray_cluster.ask("/api/jobs/"))
     with pytest.raises((ValueError, OSError)) as error:
-        make_backend(tmp_path, **section).submit(job(tmp_path, "0", **{"processes": 2, **fields}))
+        make_backend(tmp_path, **section).check(job(tmp_path, "0", **{"processes": 2, **fields}))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert len(ray_cluster.ask("/api/jobs/")) == jobs
 

@@ -3,15 +3,10 @@ end, detached, in arrays, after each other, cancelled and resumed."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import io
 import json
 import os
 import signal
-import subprocess
-import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,16 +15,12 @@ import pytest
 import yaml
 
 from cluster import cli
-from cluster.launch import BACKENDS, cluster_config
-from cluster.launch.base import backend_class
-from cluster.launch.code import ROOT, pack
-from cluster.launch.entry import BOOTSTRAP, node_command, node_environment
+from cluster.launch.code import ROOT
 from cluster.launch.job import read_job, task_spec
-from cluster.launch.spec import CodeSpec, JobSpec, from_dict, passed, to_dict
-from datamodules.store import Store
+from cluster.launch.local_backend import Local
+from datamodules.store import Store, StoreError
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer.checkpoint import committed_steps
-from trainer.config import ConfigError
 from trainer.records import read_metrics, read_record
 
 
@@ -72,142 +63,6 @@ def until(url: str, *states: str, seconds: float = 240) -> str:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
-def test_a_spec_survives_json_and_refuses_what_cannot_be() -> None:
-    code = CodeSpec("snapshot", "s3://b/code/x.tar.gz", "ab" * 32)
-    spec = JobSpec("a-b", ("trainer", "fit", "s3://b/r"), "s3://b/r", nodes=2, env={"X": "1"}, code=code, after=("7",))
-    assert from_dict(json.loads(json.dumps(to_dict(spec)))) == spec
-    good: dict[str, Any] = {"name": "x", "command": ("a",), "run_url": "u"}
-    for bad, message in [
-        ({"name": "A b"}, "name="),
-        ({"nodes": 0}, "nodes=0"),
-        ({"nodes": 3, "max_nodes": 2}, "max_nodes=2"),
-        ({"array": 2}, "own url"),
-        ({"run_url": "u-{index}"}, "no meaning without array"),
-        ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, "looks like a secret"),
-        ({"time_limit_s": 0}, "time_limit_s=0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            JobSpec(**(good | bad))
-    spec = JobSpec(**good, pass_env=("AWS_*", "HOME"))
-    assert passed(spec, {"AWS_A": "1", "HOME": "/", "X": "y"}) == {"AWS_A": "1", "HOME": "/"}
-    with pytest.raises(ValueError, match="HOME is not set here"):
-        passed(spec, {})
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("90s", 90),
-        ("30m", 1800),
-        ("1h30m", 5400),
-        ("2d", 172800),
-        ("4:00:00", 14400),
-        ("1-12:00:00", 129600),
-        ("", None),
-    ],
-)
-def test_time_limits(text: str, seconds: float | None) -> None:
-    assert cluster_config.seconds(text) == seconds
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({}, "backend is required"),
-        ({"backend": "moon"}, "backend=moon: unknown; one of"),
-        ({"backend": "local", "slrum": {}}, "unknown key 'slrum'"),
-        ({"backend": "local", "local": {"paralel": 2}}, "did you mean 'local.parallel'"),
-        ({"backend": "local", "job": {"time": "soon"}}, "job: time=soon: must be like"),
-        ({"backend": "local", "code": {"how": "path"}}, "code: how=path needs where="),
-        ({"backend": "local", "env": {"API_TOKEN": "x"}}, "a secret does not belong in a file"),
-        ({"backend": "local", "heartbeat_s": 0}, "heartbeat_s=0"),
-        ({"backend": "local", "rendezvous": {"port": 70000}}, "port=70000"),
-    ],
-)
-def test_a_wrong_cluster_is_refused_in_one_line(raw: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as refused:
-        cluster_config.load(raw)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_cluster_survives_the_store() -> None:
-    cluster = cluster_config.load({"backend": "local", "env": {"A": "b"}, "local": {"parallel": 3}}, ["job.nodes=2"])
-    again = cluster_config.load(json.loads(json.dumps(cluster_config.to_dict(cluster))))
-    assert cluster_config.to_dict(again) == cluster_config.to_dict(cluster)
-    assert again.options.parallel == 3 and again.job.nodes == 2
-
-
-@pytest.mark.parametrize("name", sorted(BACKENDS))
-def test_every_backend_has_the_interface(name: str) -> None:
-    kind = backend_class(name)
-    for method in ("render", "check", "submit", "state", "cancel", "logs"):
-        assert callable(getattr(kind, method)), method
-    assert dataclasses.is_dataclass(kind.Config)
-
-
-def test_the_node_command_is_the_same_on_all_nodes_and_finds_the_code() -> None:
-    cluster = cluster_config.load({"backend": "local", "rendezvous": {"lost_s": 9}, "python": "/opt/python"})
-    base: dict[str, Any] = {"name": "x", "command": ("trainer", "fit", "u"), "run_url": "u", "nodes": 2, "max_nodes": 4}
-    words = node_command(JobSpec(**base), cluster)
-    assert words[:4] == ["/opt/python", "-P", "-m", "cluster.launch.node"] and words[-4:] == [
-        "--",
-        "trainer",
-        "fit",
-        "u",
-    ]
-    assert words[words.index("--nodes") + 1] == "2:4" and words[words.index("--lost") + 1] == "9"
-    shared = JobSpec(**base, code=CodeSpec("path", "/shared/keel"), env={"A": "b"})
-    assert node_command(shared, cluster) == words
-    assert node_environment(shared) == {"PYTHONPATH": "/shared/keel", "A": "b"}
-    shipped = JobSpec(**base, code=CodeSpec("snapshot", "s3://b/c.tar.gz", "ab"))
-    assert node_command(shipped, cluster)[:6] == ["/opt/python", "-P", "-c", BOOTSTRAP, "s3://b/c.tar.gz", "ab"]
-    assert node_command(shipped, cluster)[6:] == words[4:]
-
-
-def test_a_snapshot_holds_what_git_does_not_ignore_and_is_named_after_it(tmp_path: Path) -> None:
-    def git(*words: str) -> None:
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / ".gitignore").write_text("*.log\n")
-    (tmp_path / "kept.py").write_text("a = 1\n")
-    git("add", "kept.py")
-    (tmp_path / "new.py").write_text("b = 2\n")
-    (tmp_path / "big.log").write_text("x")
-    first = pack(tmp_path)
-    with tarfile.open(fileobj=io.BytesIO(first)) as tar:
-        assert set(tar.getnames()) == {".gitignore", "kept.py", "new.py", ".keel-snapshot.json"}
-    (tmp_path / "kept.py").touch()
-    assert pack(tmp_path) == first
-    (tmp_path / "kept.py").write_text("a = 3\n")
-    assert pack(tmp_path) != first
-    (tmp_path / "link.py").symlink_to("kept.py")
-    pack(tmp_path)
-    (tmp_path / "data").symlink_to("/nfs/data")
-    with pytest.raises(ValueError, match=r"data is a link to /nfs/data, which no node has: add it to \.gitignore"):
-        pack(tmp_path)
-    with pytest.raises(ValueError, match="how=snapshot packs a git checkout"):
-        pack(Path("/"))
-
-
-def test_the_bootstrap_refuses_a_damaged_archive(tmp_path: Path) -> None:
-    (tmp_path / "code.tar.gz").write_bytes(b"no archive")
-    words = [sys.executable, "-P", "-c", BOOTSTRAP.replace("attempt == 4", "True"), str(tmp_path / "code.tar.gz")]
-    done = subprocess.run([*words, "0" * 64], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "the code cannot be fetched (OSError: its checksum is wrong)" in done.stderr
-
-
-def test_a_node_that_is_told_to_end_while_it_fetches_the_code_is_started_again(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "code.tar.gz")
-    words = [sys.executable, "-P", "-c", BOOTSTRAP, str(tmp_path / "code.tar.gz"), "0" * 64]
-    node = subprocess.Popen(words)
-    with open(tmp_path / "code.tar.gz", "wb"):  # waits for it to read
-        node.send_signal(signal.SIGTERM)
-        assert node.wait(60) == 75
-
-
 # --------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -248,6 +103,34 @@ def test_a_dry_run_prints_the_command_and_touches_nothing(place: Path, capsys) -
     assert printed.count("-m cluster.launch.node") == 2 and "--time-limit 3600" in printed and "--restarts 5" in printed
     assert f"-- trainer fit {place}/run" in printed
     assert not (place / "run").exists() and not (place / "state").exists()
+
+
+def test_a_folder_of_this_machine_is_told_where_several_nodes_must_see_it(place: Path, data: str, capsys) -> None:
+    words = ("submit", place / "run.yaml", "--on", ROOT / "configs/clusters/slurm.yaml", "--dry-run", "pass_env=[]")
+    assert keel(*words, "code.how=image", "nodes=2") == 0
+    folders = f"url={place}/run, data.url={data}"
+    assert capsys.readouterr().err == (
+        f"keel: warning: {folders}: all nodes must see this folder under this path; an object store needs none\n"
+    )
+    assert keel(*words, "code.how=image") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_that_its_run_cannot_be_told_of_is_cancelled(place: Path, capsys, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("the store is away")
+
+    cancelled: list[str] = []
+    monkeypatch.setattr("cluster.launch.job.write_job", fail)
+    monkeypatch.setattr(Local, "submit", lambda self, spec: "local-1")
+    monkeypatch.setattr(Local, "cancel", lambda self, job: cancelled.append(job))
+    words = ("submit", place / "run.yaml", "--on", place / "detached.yaml")
+    assert keel(*words) != 0 and cancelled == ["local-1"]
+    error = capsys.readouterr().err
+    assert "job local-1 is cancelled, since its run cannot be told of it\n" in error and "the store is away" in error
+    monkeypatch.setattr(Local, "cancel", fail)
+    assert keel(*words, f"url={place}/other") != 0
+    assert "job local-1 goes on and must be cancelled by hand (the store is away)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -324,10 +207,12 @@ def test_an_array_and_a_job_after_it(place: Path, capsys) -> None:
     records = [read_record(Store(f"{place}/{name}")) for name in ("a-0", "a-1", "b")]
     assert [record["status"] for record in records] == ["ok"] * 3
     assert [record["config"]["seed"] for record in records] == [0, 1, 7]
-    assert list(first.open().logs(first.job_id, 0)) is not None
+    assert [first.open().state(f"{first.job_id}_{task}") for task in (0, 1)] == ["done", "done"]
     # What the run's own log does not have, the backend has.
     folder = place / "state/keel/jobs" / first.job_id
     (folder / "task-00001-node-0.log").write_text("from the node\n")
+    assert list(first.open().logs(f"{first.job_id}_1", 0)) == ["from the node"]
+    assert list(first.open().logs(first.job_id, 0))[-1] == "from the node"  # of all tasks in turn
     Store(f"{place}/a-1").delete_tree("logs")
     capsys.readouterr()
     assert keel("logs", f"{place}/a-1") == 0 and capsys.readouterr().out == "from the node\n"

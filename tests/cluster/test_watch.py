@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from cluster import cli
+from cluster.launch.job import JobFile
+from cluster.watch import ask as asking
 from cluster.watch import logs as log_reader
 from cluster.watch import top
 from cluster.watch.seen import Said, Seen, find, glance, look
@@ -62,6 +65,7 @@ def seen(run: Said | None = None, *nodes: Said, **more: Any) -> Seen:
 
 
 JOB = {"job_id": "7", "backend": "slurm"}
+OLD: dict[str, Any] = {"record": {"status": "cancelled"}, "earlier": True}
 STANDS = {"step_time": NOW - 900, "phase": "backward"}
 
 
@@ -73,6 +77,16 @@ STANDS = {"step_time": NOW - 900, "phase": "backward"}
         (seen(job=JOB), "running", "starting", "not said a word"),
         (seen(job=JOB), "cancelled", "cancelled", "before it began"),
         (seen(record={"status": "ok"}), None, "done", ""),
+        # submitted again: the record is that of the job before, and its job is asked
+        (seen(job=JOB, **OLD), None, "queued", ""),
+        (seen(job=JOB, **OLD), "queued", "queued", ""),
+        (seen(job=JOB, **OLD), "running", "starting", "not said a word"),
+        (seen(job=JOB, **OLD), "failed", "failed", "its job ended (failed) before it began"),
+        (seen(job=JOB, **OLD), "cancelled", "cancelled", "before it began"),
+        (seen(job=JOB, record={"status": "ok"}), None, "done", ""),
+        (seen(job=JOB, record={"status": "ok"}), "done", "done", ""),
+        (seen(job=JOB, record={"status": "preempted"}), "queued", "queued", ""),
+        (seen(job=JOB, record={"status": "preempted"}), "running", "starting", "not said a word"),
         (seen(None, node(phase="waiting", attempt=None)), None, "waiting", "1 node so far"),
         (seen(None, node()), None, "starting", ""),
         (seen(run(), node()), None, "running", ""),
@@ -112,6 +126,8 @@ STANDS = {"step_time": NOW - 900, "phase": "backward"}
         (seen(run(90, status="preempted"), ended(75)), None, "preempted", ""),
         (seen(run(90, status="preempted"), ended(75)), "queued", "queued", "again; before, it was preempted"),
         (seen(run(90, status="preempted"), ended(75)), "cancelled", "cancelled", ""),
+        (seen(run(90, status="preempted"), ended(75)), "running", "restarting", ""),
+        (seen(None, ended(75, "preempted after a save")), "running", "restarting", "preempted after a save"),
         (seen(None, ended(130, "cancelled"), cancelled=True), None, "cancelled", ""),
         (seen(None, ended(130, "interrupted after a save")), None, "interrupted", ""),
     ],
@@ -122,6 +138,49 @@ def test_how_a_run_fares(what: Seen, job: str | None, state: str, why: str) -> N
     fine = ("queued", "waiting", "starting", "restarting", "running", "done", "diverged")
     assert verdict.exit_code == (0 if state in fine else 1)
     assert "\n" not in verdict.why
+
+
+def test_a_run_that_was_submitted_again_is_asked_for_and_can_be_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = put(Store(str(tmp_path)), "run")
+    store.write("record.jsonl", b'{"status": "cancelled", "steps": 8}\n')
+    assert judge(look(store)).state == "cancelled"
+    store.write_json("job.json", JOB)
+    assert look(store).earlier and judge(glance(store)).state == "queued"
+    told: list[str] = []
+
+    def tell(store: Store, call: Any) -> tuple[Any, str | None]:
+        told.append(call.__name__)
+        return "queued" if call is JobFile.state else None, None
+
+    monkeypatch.setattr("cluster.watch.ask.tell", tell)
+    assert cli.main(["status", store.url]) == 0
+    shown = capsys.readouterr().out
+    assert "run  queued  " in shown and "7 on slurm: queued" in shown
+    assert cli.main(["cancel", store.url]) == 0 and told[-1] == "cancel"
+    assert "job 7 on slurm is asked to save and end" in capsys.readouterr().out
+    store.write("record.jsonl", b'{"status": "ok", "steps": 8}\n')  # by the new job
+    assert not look(store).earlier
+
+
+def test_to_wait_is_to_wait_for_the_job_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = put(Store(str(tmp_path)), "run", run(1, status="cancelled"), ended(130), job=JOB)
+    said = ["running", "queued", "running", "cancelled"]
+    monkeypatch.setattr(asking, "_job_state", lambda store: (said.pop(0), None))
+    monkeypatch.setattr(asking.time, "sleep", lambda seconds: None)
+    _, verdict, job = asking.wait(store)
+    assert verdict.state == "cancelled" and not said and job is not None and job["state"] == "cancelled"
+
+
+def test_who_follows_asks_once_per_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = put(Store(str(tmp_path)), "run", run(), node(), job=JOB)
+    now, asked = [0], []
+    monkeypatch.setattr(asking, "_job_state", lambda store: (asked.append(now[0]), ("running", None))[1])
+    over = asking.watched(store, lambda: now[0])
+    for now[0] in range(0, 50, 2):
+        assert not over()
+    assert asked == [0, 10, 20, 30, 40]
 
 
 def test_units() -> None:
@@ -257,11 +316,32 @@ def test_logs_are_followed_from_where_they_were_cut(tmp_path: Path) -> None:
     assert list(told) == ["two", "three", "four", "five"]
 
 
+def test_the_last_lines_of_a_crashed_attempt_are_followed_too(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+
+    def put(attempt: int, data: bytes, rank: int = 0) -> None:
+        store.write(f"logs/attempt-{attempt}/node-0/rank-{rank}.log", data)
+
+    def crash() -> None:
+        put(9, b"step 1\nTraceback\nValueError: x")
+        put(9, b"of rank 1\n", rank=1)
+        put(10, b"again\n")
+
+    for rank in (0, 1):
+        put(9, b"step 1\n", rank)
+    put(8, b"long ago\n")
+    later = [crash, lambda: put(10, b"again\ndone\n")]
+    told = log_reader.follow(
+        store, lambda: log_reader.choose(store), lambda: not later, sleep=lambda _: later.pop(0)(), tail=1
+    )
+    assert list(told) == ["step 1", "Traceback", "ValueError: x", "again", "done"]
+
+
 def test_top_names_who_keeps_the_others_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rank(number: int, **changes: Any) -> dict[str, Any]:
         times = {"step_s": 1.0, "wait_s": 0.01, "forward_s": 0.3}
         memory = {"memory": 3 << 30, "memory_peak": 4 << 30}
-        place = {"rank": number, "host": f"h{number // 8}", "phase": "backward", "step": 1201}
+        place = {"rank": number, "attempt": 1, "host": f"h{number // 8}", "phase": "backward", "step": 1201}
         return place | times | memory | changes
 
     assert top.stragglers([rank(0), rank(1, forward_s=0.38), rank(2)]) == {}
@@ -286,6 +366,10 @@ def test_top_names_who_keeps_the_others_waiting(tmp_path: Path, capsys: pytest.C
     }
     what = Seen(store.url, run(), {0: node()}, many)
     frame = text(top.frame(summary(what, judge(what)), what, {}))
+    fewer = {n: Said({"ranks": [rank(n, attempt=2 - (n == 1), host=f"host-{n}")]}, 70.0 * n) for n in range(3)}
+    what = Seen(store.url, run(attempt=2), {0: node()}, fewer)
+    shown = text(top.frame(summary(what, judge(what)), what, {}))
+    assert "host-0" in shown and "host-1" not in shown and re.search(r"host-2 .* 2 min 20 s ago$", shown, re.M)
     assert frame.count("\n") < 45 and "and 101 nodes that are faster" in frame and "slow: rank 77 on h9:" in frame
 
 

@@ -16,6 +16,7 @@
 export NCCL_DEBUG=WARN
 export NOTE='it'"'"'s a test'
 export KEEL_JOB="$SLURM_JOB_ID"
+export KEEL_PROGRESS_CODE=77
 
 told='' cancelled='' step=''
 save() { if [[ -n "$step" ]]; then kill -USR1 "$step"; fi; }
@@ -23,6 +24,8 @@ trap 'told=1; save' USR1
 trap 'cancelled=1; save' USR2
 trap 'save' TERM
 
+lost="$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*#lost=\([0-9]*\).*/\1/p' | head -n 1)"
+begun="$(stat -Lc %s /proc/$$/fd/2)"
 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=96 --export=ALL --kill-on-bad-exit=0 --wait=300 bash -c 'exec >>/tmp/keel-"$KEEL_JOB-node$SLURM_PROCID".log 2>&1
 export KEEL_NODE="$SLURM_PROCID"
 exec "$@"' node \
@@ -68,9 +71,19 @@ code=$?
 
 running() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; }
 if [[ -n "$cancelled" ]] && running; then scancel "$SLURM_JOB_ID"; fi
-# A run that is told to save while it starts cannot answer with 75; it has lost nothing.
-if [[ -n "$told" && $code != 0 && $code != 2 ]]; then code=75; fi
-# Nodes that lost each other, or their store, may meet again, but not for ever.
-if [[ $code == 74 || $code == 69 ]] && (( ${SLURM_RESTART_COUNT:-0} < 3 )); then code=75; fi
+# srun ends with the largest code of all nodes, and tells each of them in this job's log.
+ended() { [[ -f /proc/$$/fd/2 ]] && tail -c "+$((begun + 1))" /proc/$$/fd/2 | grep -q "Exited with exit code $1$"; }
+note() { scontrol update JobId="$SLURM_JOB_ID" Comment=s3://bucket/runs/fno"$1"; }
+if ended 2; then code=2; fi
+if ended 77; then lost=0; fi
+if [[ $code == 77 ]]; then code=74; fi
+if [[ -n "$told" && $code != 0 && $code != 2 ]]; then
+    code=75  # a run that is told to save while it starts cannot answer so; it has lost nothing
+elif [[ $code == 75 && -n "$lost" ]]; then
+    note ''
+elif [[ $code == 74 || $code == 69 ]] || (( code > 128 && code != 130 )); then
+    # Nodes that were killed, or lost each other or their store, may meet again, but not for ever.
+    if (( ${lost:-0} < 3 )); then code=75; note "#lost=$((${lost:-0} + 1))"; fi
+fi
 if [[ $code == 75 && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
