@@ -231,6 +231,10 @@ def test_precisions(runs):
             {"train": {"compile": True}, "strategy": {"name": "deepspeed", "stage": 3}},
             "train.compile=true does not help",
         ),
+        (
+            {"strategy": {"name": "deepspeed", "stage": 3}, "recovery": {"parity_every": 2}},
+            "recovery.parity_every=2 has no effect",
+        ),
         ({"recovery": {"nonfinite": "skip"}}, "recovery: skip cannot undo a step of strategy.name=deepspeed"),
         (
             {"diagnostics": {"every": 2, "names": ["gradients"]}},
