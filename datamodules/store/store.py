@@ -365,6 +365,8 @@ class Store:
             except Exception as error:
                 if not is_connect_fault(error) and response_of(error)[0]:
                     held.reached = True
+                if self._protocol in S3_PROTOCOLS and response_of(error) == (403, "403"):
+                    looks.refused(held.filesystem, key)
                 raise
             held.reached = True
             return result

@@ -190,6 +190,31 @@ def test_a_kept_connection_that_the_server_closed_is_no_fault(s3, proxy) -> None
         time.sleep(0.02)
 
 
+def test_a_clock_that_has_jumped_is_waited_for(s3, proxy) -> None:
+    store, left = Store(s3.url("skewed")), [0]
+    store.write("x", b"0123456789")
+
+    def skewed(*_: object) -> str | None:
+        left[0] -= 1
+        return "skewed" if left[0] >= 0 else None
+
+    proxy.fault = skewed
+    # The answer to a HEAD cannot say why: a GET is told.
+    for refused, call in (
+        (1, lambda: store.write("y", b"1")),
+        (1, lambda: store.read("x") == b"0123456789"),
+        (2, lambda: store.read_range("x", 2, 4) == b"23"),
+        (2, lambda: store.size("x") == 10),
+        (1, lambda: store.children()[1] == ["x", "y"]),
+        (2, lambda: not store.create("x", b"2")),
+    ):
+        left[0] = refused
+        assert call() in (None, True) and left[0] < 0
+    store.retry.deadline, left[0] = 0.0, 9
+    with pytest.raises(Unreachable, match="x: the store refuses this machine's clock"):
+        store.size("x")
+
+
 def test_a_server_that_takes_no_signed_urls_is_read_through_s3fs(s3, proxy, caplog) -> None:
     store = Store(s3.url("unsigned"))
     store.write("x", b"0123456789")
