@@ -284,7 +284,11 @@ def test_gpu_check_fails_where_a_run_cannot_be_continued(tmp_path: Path, monkeyp
     for made in ("fields", "text"):
         monkeypatch.setattr(overhead, made, lambda url: url)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--only", case])
-    for found, code in ((ended | {"steps": 8, "attempts": 2}, 0), ({"error": "it broke"}, 1), (ended | {"steps": 8}, 1)):
+    for found, code in (
+        (ended | {"steps": 8, "attempts": 2}, 0),
+        ({"error": "it broke"}, 1),
+        (ended | {"steps": 8}, 1),
+    ):
         again.clear()
         again.update(found)
         assert gpu_check.main() == code, found

@@ -358,6 +358,8 @@ def test_a_run_leaves_a_record_a_manifest_and_an_evaluation(tmp_path, data):
     assert len(list((tmp_path / "run").glob("evaluation-*.json"))) == 1
     with pytest.raises(configs.ConfigError, match=r"model\.width=8: an evaluation may change data\.\* and task\.\*"):
         evaluate(url, ["model.width=8"])
+    with pytest.raises(CheckpointError, match=r"step-00000008 has no averaged weights: its run had train.ema_decay=0"):
+        evaluate(url, ema=True)
 
 
 def test_a_killed_process_resumes_bitwise(tmp_path, data):
