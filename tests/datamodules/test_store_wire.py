@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fsspec.config import conf
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError
-from datamodules.store import Sink, Store, StoreError, Unreachable, direct
+from datamodules.store import Sink, Store, StoreError, Unreachable, direct, multipart
 from tests.helpers.faulty_proxy import FAULTS, FaultyProxy
 
 from .samples import field_values, fields_reader, replace_shard, write_fields
@@ -265,3 +266,17 @@ def test_sinks_get_each_range_in_order_and_from_its_start_after_a_fault(
 
     assert store.read_ranges(ranges, [sink(i) for i in range(3)]) == [b""] * 3
     assert [bytes(data) for data in found] == [content[start:end] for _, start, end in ranges]
+
+
+def test_a_part_of_a_buffer_is_written_without_a_copy_of_its_size(s3, monkeypatch) -> None:
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    store, data = Store(s3.url("parts")), np.random.default_rng(0).integers(0, 256, 48 << 20, dtype=np.uint8)
+    store.write("small", data[1 : 1 << 20].data)
+    tracemalloc.start()
+    try:
+        store.write("x", data[1:].data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(data) * 3 // 4, "a few parts of 5 MiB"
+    assert store.read("x") == data[1:].tobytes() and store.size("small") == (1 << 20) - 1
