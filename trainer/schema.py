@@ -153,8 +153,10 @@ class RecoveryConfig:
     above the median of the last `window` steps (the first `window` steps are not judged). `rollback_commits`: how many
     commits back; `rate_factor`: what `lower_rate` multiplies the rate by; `max_events`: after so many the run stops as
     diverged. `parity_every`: steps between checks that replicas hold the same parameters (0: never).
-    `init_timeout_seconds` until the first step is done, and for a save; `step_timeout_seconds` for anything else that
-    takes longer ends the process, with the stacks of all ranks in the store (0: no watchdog). `max_restarts`: how often
+    `init_timeout_seconds` from the set-up of the model until the first step is done, and for a save;
+    `step_timeout_seconds` for anything else: what takes longer ends the process, with the stacks of all ranks in the store
+    (0: no watchdog). Before that set-up a process waits for the store and for other ranks, within their own time limits
+    (`strategy.timeout_seconds`). `max_restarts`: how often
     the launcher starts the processes again, from the last commit, after one was killed, hung, crashed or lost the store,
     without a new commit in between: each one gives the full number back.
     """
@@ -224,7 +226,8 @@ class LogConfig:
     """Metrics leave the device every `every` steps and go to the store at least every `flush_seconds`.
 
     `trace` also logs the ids of the samples of each step, as they were decoded. Copies for other tools, see
-    `trainer.callbacks.loggers`: `tensorboard` in the run's URL, `wandb` to the project of that name, `mlflow` to that
+    `trainer.callbacks.loggers`: `tensorboard` in the run's URL (a remote one gets it at the end of an
+    attempt: one that is killed leaves none), `wandb` to the project of that name, `mlflow` to that
     tracking URI (none when empty).
     """
 
