@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from trainer import signals
@@ -31,7 +32,6 @@ from trainer.callbacks.progress import Progress
 from trainer.callbacks.pruning import Pruning, judge
 from trainer.callbacks.recovery import Recovery, Rollback
 from trainer.callbacks.selfcheck import SelfCheck
-from trainer.callbacks.stream import StreamPosition
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.validation import MissedValidation
 from trainer.callbacks.watchdog import Watchdog

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store, Unreachable
 from modules.tasks.field_rollout import FieldRollout
 from tests.helpers.distributed import run_distributed
@@ -17,7 +18,6 @@ from tests.helpers.runs import fno_config, lm_config, tiny_fields
 from trainer import config as configs
 from trainer.callbacks import selfcheck
 from trainer.callbacks.checkpoint import Checkpoint
-from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import CheckpointError, checkpointer, committed_steps, loading, read_manifest, state, verify
 from trainer.checkpoint.manifest import writer_name
 from trainer.checkpoint.storage import read_full

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
-from trainer.callbacks.stream import StreamPosition
 from trainer.callbacks.validation import MissedValidation
 from trainer.callbacks.watchdog import Watchdog
 from trainer.checkpoint import CheckpointError, committed_steps, read_manifest, verify
