@@ -51,6 +51,8 @@ from trainer.strategies import precision
 
 log = logging.getLogger("keel.run")
 
+_HURRIED_S = 10.0  # so long the other tools may take after a signal, when all else is done
+
 
 def fit_url(url: str, *, resume: bool) -> dict[str, Any]:
     """Trains the run whose resolved config lies at `url/config.yaml`. Every process of the run calls it."""
@@ -97,11 +99,11 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
             if not isinstance(outcome, Rollback):
-                _say_how_it_ended(store, record)
                 return outcome
             rollback = outcome
             commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
             resume_step = on_rank_zero(functools.partial(go_back, checkpoints, rollback, commits))
+            checkpointer.committed = None  # it may be gone
             gc.collect()  # two models at once may be one too many
     except BaseException as error:
         # When one rank fails the others see a broken connection: the cause is what the first one left.
@@ -235,9 +237,12 @@ def _fit(
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
-        "checkpoint": on_rank_zero(lambda: _newest(checkpoints)),
+        "checkpoint": on_rank_zero(lambda: _newest(checkpointer)),
     }
     on_rank_zero(lambda: _write_record(store, record, checkpointer.fence))
+    _say_how_it_ended(store, record)
+    if watch.loggers is not None:  # still open after a signal
+        watch.loggers.close(_HURRIED_S)
     return record
 
 
@@ -312,6 +317,6 @@ def _refuse_if_replaced(store: Store, attempt: int) -> None:
         )
 
 
-def _newest(checkpoints: Store) -> str | None:
-    step = latest(checkpoints)
-    return None if step is None else checkpoints.join(step_name(step))
+def _newest(checkpointer: Checkpointer) -> str | None:
+    step = checkpointer.committed[0] if checkpointer.committed else latest(checkpointer.store)
+    return None if step is None else checkpointer.store.join(step_name(step))

@@ -19,6 +19,7 @@ from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
+from trainer.callbacks.loggers import Loggers
 from trainer.callbacks.validation import MissedValidation
 from trainer.callbacks.watchdog import Watchdog
 from trainer.checkpoint import CheckpointError, committed_steps, read_manifest, verify
@@ -168,6 +169,7 @@ def test_a_signal_lets_no_validation_come_before_the_save(tmp_path, data, whole)
     ((first, second),) = run_distributed(told, 1, make("fno", url, data, **RUN), 8)
     assert (first["status"], first["steps"], first["validated"]) == ("preempted", 8, [4])
     assert first["metrics"] and second["status"] == "ok"
+    assert first["closed_after"] == {"record.jsonl": True, "metrics.csv": False}, "what matters comes first"
     rows = [[r for r in read_metrics(Store(url)) if "val/loss" in r] for url in (whole("fno"), url)]
     assert [r["step"] for r in rows[1]] == [4, 8, 12, 16, 20]  # made up for
     assert [r["val/loss"] for r in rows[0]] == [r["val/loss"] for r in rows[1]]
@@ -194,7 +196,16 @@ def told(config: configs.RunConfig, step: int) -> list[dict[str, Any]]:
             signal.raise_signal(signal.SIGTERM)
 
     StreamPosition.on_train_batch_end = tells  # type: ignore[method-assign]
+    closed_after, close = {}, Loggers.close
+
+    def noted(self: Loggers, seconds: float = 60.0) -> None:
+        closed_after.update({name: Store(config.url).exists(name) for name in ("record.jsonl", "metrics.csv")})
+        close(self, seconds)
+
+    Loggers.close = noted  # type: ignore[method-assign]
     first = fit(config)
+    Loggers.close = close  # type: ignore[method-assign]
+    first["closed_after"] = closed_after
     first["validated"] = [row["step"] for row in read_metrics(Store(config.url)) if "val/loss" in row]
     StreamPosition.on_train_batch_end = advance  # type: ignore[method-assign]
     return [first, fit(config, resume=True)]
