@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from trainer import signals
@@ -31,7 +32,6 @@ from trainer.callbacks.progress import Progress
 from trainer.callbacks.pruning import Pruning, judge
 from trainer.callbacks.recovery import Recovery, Rollback
 from trainer.callbacks.selfcheck import SelfCheck
-from trainer.callbacks.stream import StreamPosition
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.validation import MissedValidation
 from trainer.callbacks.watchdog import Watchdog
@@ -84,6 +84,7 @@ class Watch:
     throughput: Throughput
     heartbeat: Heartbeat
     pruning: Pruning | None = None
+    loggers: loggers.Loggers | None = None
     callbacks: list[pl.Callback] = field(default_factory=list)
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSS_WINDOW))
 
@@ -200,7 +201,8 @@ def assemble(parts: Parts) -> Watch:
     loggers.check(config.log)  # on all ranks: they have the same packages
     if rank == 0:
         kinds = loggers.sinks(config.log, parts.store, name=config.name, settings=to_dict(config))
-        callbacks.append(loggers.Loggers(metrics, parts.store, kinds))
+        watch.loggers = loggers.Loggers(metrics, parts.store, kinds, hurried=lambda: preemption.signal is not None)
+        callbacks.append(watch.loggers)
     callbacks.append(throughput)  # last
     return watch
 

@@ -1,11 +1,13 @@
 """Which steps of a run are committed: the names, for those who read no checkpoint (light to import)."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from datamodules.store import Store
 
 MARKER = "COMMITTED"
-_STEP = re.compile(r"^step-(\d{8,})$")
+_STEP = re.compile(r"^step-\d{8,}$")
+_THREADS = 16
 
 
 def step_name(step: int) -> str:
@@ -15,10 +17,8 @@ def step_name(step: int) -> str:
 
 def committed_steps(store: Store) -> list[int]:
     """Steps with a marker, ascending, under the `checkpoints/` store of a run. Existence only; see `trainer.checkpoint`."""
-    steps = set()
-    for path in store.list(""):
-        folder, _, file = path.partition("/")
-        match = _STEP.match(folder)
-        if match and file == MARKER:
-            steps.add(int(match.group(1)))
-    return sorted(steps)
+    found = [folder for folder in store.children()[0] if _STEP.match(folder)]
+    # Asked for one by one: a listing of all would name every shard of every rank.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        whole = pool.map(lambda folder: store.exists(f"{folder}/{MARKER}"), found)
+        return sorted(int(folder[len("step-") :]) for folder, there in zip(found, whole, strict=True) if there)

@@ -28,7 +28,8 @@ from trainer.schema import RunConfig
 
 # What may change between attempts of one run without making it another (but for the order of sums).
 _NOT_HASHED = ("name", "url", "resources", "log", "checkpoint", "diagnostics", "strategy")
-_NOT_HASHED_OF_TRAIN = ("micro_batch", "val_every", "compile", "activation_checkpointing")
+_NOT_HASHED_OF_TRAIN = ("micro_batch", "val_every", "compile", "activation_checkpointing", "ema_validation")
+_NOT_HASHED_OF_RECOVERY = ("parity_every", "init_timeout_seconds", "step_timeout_seconds", "max_restarts")
 
 
 class ConfigError(ValueError):
@@ -246,7 +247,9 @@ def config_hash(config: RunConfig, fingerprint: str = "") -> str:
     hashed = {key: value for key, value in to_dict(config).items() if key not in _NOT_HASHED}
     if not config.weights.url:  # random weights, as before there was this section
         del hashed["weights"]
-    for name, unhashed in (("train", _NOT_HASHED_OF_TRAIN), ("data", getattr(config.data, "not_hashed", ()))):
+    of_data = getattr(config.data, "not_hashed", ())
+    parts = (("train", _NOT_HASHED_OF_TRAIN), ("recovery", _NOT_HASHED_OF_RECOVERY), ("data", of_data))
+    for name, unhashed in parts:
         hashed[name] = {key: value for key, value in hashed[name].items() if key not in unhashed}
     return hashlib.sha256(json.dumps([hashed, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
 

@@ -12,6 +12,8 @@ from datamodules.store import Store
 from trainer import config as configs
 from trainer.build import accelerator_name, build
 from trainer.checkpoint import CheckpointError, latest, load_module
+from trainer.checkpoint.state import MODEL
+from trainer.checkpoint.weights import EMA
 from trainer.config import ConfigError
 from trainer.quiet import quiet
 from trainer.records import encode
@@ -25,9 +27,10 @@ def evaluate(
     limit: int | None = None,
     batch: int = 8,
     step: int | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a committed checkpoint of a run in this process and writes `evaluation.json` and `evaluation.npz`; with
-    overrides, which make it another question, `evaluation-<their hash>.json` alone.
+    overrides or `ema`, which make it another question, `evaluation-<their hash>.json` alone.
 
     Args:
         url: of the run.
@@ -37,13 +40,14 @@ def evaluate(
         limit: at most this many samples (None: all).
         batch: samples at once.
         step: which checkpoint (None: the last whole one).
+        ema: the averaged weights of the run in place of those that it trains.
 
     Returns:
-        {"step", "split", "samples", "metrics": {name: value}}, and "overrides" where there are any.
+        {"step", "split", "samples", "metrics": {name: value}}, and "overrides" and "ema" where they are given.
 
     Raises:
         ConfigError: an override of something that is part of the trained network, or that does not fit it.
-        CheckpointError: nothing committed to evaluate.
+        CheckpointError: nothing committed to evaluate, or no averaged weights.
     """
     quiet()
     store = Store(configs.absolute_url(url))
@@ -58,7 +62,7 @@ def evaluate(
     step = latest(checkpoints) if step is None else step
     if step is None:
         raise CheckpointError(f"{url} has no committed checkpoint to evaluate; train it first")
-    load_module(checkpoints, step, task)
+    load_module(checkpoints, step, task, prefix=EMA if ema else MODEL)
     device = torch.device(accelerator_name(config.resources.accelerator))
     task.to(device).eval()
     sums: dict[str, list[torch.Tensor]] = {}
@@ -83,9 +87,11 @@ def evaluate(
         "samples": samples,
         "metrics": {name: float(total / count) for name, (total, count) in sums.items()},
     }
-    if overrides:
-        result["overrides"] = list(overrides)
-        digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:12]
+    if overrides or ema:
+        result |= {"overrides": list(overrides)} if overrides else {}
+        result |= {"ema": True} if ema else {}
+        question = [*sorted(overrides), *(["--ema"] if ema else [])]
+        digest = hashlib.sha256("\n".join(question).encode()).hexdigest()[:12]
         store.write(f"evaluation-{digest}.json", encode(result))
         return result
     packed = io.BytesIO()

@@ -47,8 +47,7 @@ def ended(config: RunConfig, store: Store, step: int, record: dict[str, Any]) ->
     fingerprint, tokens = data.spec()["fingerprint"], task.tokens_per_sample()
     flops, samples = flops_of(task), step * config.train.global_batch
     rows = [row for row in read_metrics(store) if row["step"] <= step]
-    validations = [row for row in rows if any(name.startswith("val/") for name in row)]
-    last = validations[-1] if validations else {"step": step}
+    last = last_validation(rows) or {"step": step}
     if config.train.val_every and last["step"] < step // config.train.val_every * config.train.val_every:
         log.warning("the last validation was lost with the process; that of step %d counts", last["step"])
     attempts = read_attempts(store)
@@ -86,6 +85,14 @@ def flops_of(task: Task) -> int | None:
     except RuntimeError as error:
         log.warning("%s; the run goes on without FLOP figures", error)
         return None
+
+
+def last_validation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The `val/` metrics of the last validation, and its `step`; empty where there was none."""
+    found = [row for row in rows if any(name.startswith("val/") for name in row)]
+    return (
+        {name: value for name, value in found[-1].items() if name.startswith("val/") or name == "step"} if found else {}
+    )
 
 
 def mean_loss(rows: list[dict[str, Any]], *, skipped: bool) -> float | None:

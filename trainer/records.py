@@ -272,6 +272,11 @@ def read_attempts(store: Store) -> list[Row]:
     ]
 
 
+def newest_attempt(store: Store) -> int:
+    """The last attempt that has started; 0 for none. One listing of few names, for those who ask often."""
+    return max((_numbers(name)[0] for name in store.children("attempts")[1]), default=0)
+
+
 def next_attempt(store: Store) -> int:
     """1 for a new run, else the number after the last attempt that left anything."""
     names = [path.rsplit("/", 1)[-1] for folder in ("attempts", "metrics", "trace") for path in store.list(folder)]

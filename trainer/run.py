@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,13 +33,14 @@ from trainer.distributed import (
 )
 from trainer.environment import environment
 from trainer.errors import exit_code, is_user_error
-from trainer.outcome import FLOPS_CONVENTION, ended, faults, flops_of
+from trainer.outcome import FLOPS_CONVENTION, ended, faults, flops_of, last_validation
 from trainer.quiet import quiet
 from trainer.records import (
     MetricsWriter,
     TraceWriter,
-    next_attempt,
+    newest_attempt,
     read_attempts,
+    read_metrics,
     rewrite_attempt,
     start_attempt,
     write_record,
@@ -48,6 +50,8 @@ from trainer.schema import RunConfig
 from trainer.strategies import precision
 
 log = logging.getLogger("keel.run")
+
+_HURRIED_S = 10.0  # so long the other tools may take after a signal, when all else is done
 
 
 def fit_url(url: str, *, resume: bool) -> dict[str, Any]:
@@ -84,8 +88,8 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         "environment": environment(),
         "config": configs.to_dict(config),
     }
+    checkpointer = _checkpointer(config, store.sub("checkpoints"))
     try:
-        checkpointer = _checkpointer(config, store.sub("checkpoints"))
         resume_step = checkpointer.latest() if resume else None
         if resume_step is not None and resume_step >= config.train.max_steps:
             found: dict[str, Any] = on_rank_zero(functools.partial(ended, config, store, resume_step, record))
@@ -95,11 +99,11 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         while True:
             outcome = _fit(config, accelerator, store, checkpointer, resume_step, record, rollback)
             if not isinstance(outcome, Rollback):
-                _say_how_it_ended(store, record)
                 return outcome
             rollback = outcome
             commits, checkpoints = config.recovery.rollback_commits, checkpointer.store
             resume_step = on_rank_zero(functools.partial(go_back, checkpoints, rollback, commits))
+            checkpointer.committed = None  # it may be gone
             gc.collect()  # two models at once may be one too many
     except BaseException as error:
         # When one rank fails the others see a broken connection: the cause is what the first one left.
@@ -110,8 +114,8 @@ def fit(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         record["error"] = told[1] if told else f"{type(error).__name__}: {line}"
         if dist.get_rank() == 0:
             with contextlib.suppress(Exception):
-                write_record(store, record)
-        _say_how_it_ended(store, record)
+                _write_record(store, record, checkpointer.fence)
+                status.ended(store, record)
         raise
     finally:
         signals.release()
@@ -184,7 +188,7 @@ def _fit(
             writer=writer,
             trace=trace,
             rollback=rollback,
-            tell=lambda line: write_record(store, record | {"error": line}),
+            tell=lambda line: _write_record(store, record | {"error": line}, checkpointer.fence),
         )
     )
     recovery, preemption, losses = watch.recovery, watch.preemption, watch.losses
@@ -210,6 +214,10 @@ def _fit(
             ending = "cancelled"
     elif watch.pruning is not None and watch.pruning.why:
         ending = "pruned"
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if config.train.val_every and not metrics and ending in ("ok", "diverged", "pruned"):  # those of an earlier attempt
+        metrics = on_rank_zero(lambda: last_validation(read_metrics(store)))
+        metrics.pop("step", None)
     record |= {
         "status": ending,
         "steps": steps,
@@ -224,15 +232,24 @@ def _fit(
         "retries": attempt - 1,
         "faults": on_rank_zero(lambda: faults(read_attempts(store))),
         "attempt_seconds": time.time() - started,
-        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "metrics": metrics,
         "loss": mean(losses),
         "throughput": watch.throughput.summary(),
         **watch.record(),
         "dataset": data.spec()["fingerprint"],
-        "checkpoint": on_rank_zero(lambda: _newest(checkpoints)),
+        "checkpoint": on_rank_zero(lambda: _newest(checkpointer)),
     }
-    on_rank_zero(lambda: write_record(store, record))
+    on_rank_zero(lambda: _write_record(store, record, checkpointer.fence))
+    _say_how_it_ended(store, record)
+    if watch.loggers is not None:  # still open after a signal
+        watch.loggers.close(_HURRIED_S)
     return record
+
+
+def _write_record(store: Store, record: dict[str, Any], fence: Callable[[], None]) -> None:
+    """Not where a newer attempt has started, which says how the run fares: there `fence` raises."""
+    fence()
+    write_record(store, record)
 
 
 def _say_how_it_ended(store: Store, record: dict[str, Any]) -> None:
@@ -292,7 +309,7 @@ def _checkpointer(config: RunConfig, store: Store) -> Checkpointer:
 
 
 def _refuse_if_replaced(store: Store, attempt: int) -> None:
-    newest = next_attempt(store) - 1
+    newest = newest_attempt(store)
     if newest > attempt:
         raise CheckpointError(
             f"attempt {newest} of the run at {store.url} has started; this one, attempt {attempt}, stops: "
@@ -300,6 +317,6 @@ def _refuse_if_replaced(store: Store, attempt: int) -> None:
         )
 
 
-def _newest(checkpoints: Store) -> str | None:
-    step = latest(checkpoints)
-    return None if step is None else checkpoints.join(step_name(step))
+def _newest(checkpointer: Checkpointer) -> str | None:
+    step = checkpointer.committed[0] if checkpointer.committed else latest(checkpointer.store)
+    return None if step is None else checkpointer.store.join(step_name(step))

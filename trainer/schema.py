@@ -100,7 +100,7 @@ class CheckpointConfig:
     Kept: the last `keep_last`; each `keep_every`-th step and one per `keep_minutes`, for good; the `keep_best` with the best
     value of the validation metric `best` (such as val/loss; `best_mode`: min or max).
     `background`: training goes on while a save is uploaded. `tolerate`: so many saves in a row may fail before training
-    stops. `self_check`: the loss of one stored sample must be the same before saving and after loading.
+    stops; the last one, at the end, may not. `self_check`: the loss of one stored sample must be the same before saving and after loading.
     """
 
     every: int = 100
@@ -153,8 +153,10 @@ class RecoveryConfig:
     above the median of the last `window` steps (the first `window` steps are not judged). `rollback_commits`: how many
     commits back; `rate_factor`: what `lower_rate` multiplies the rate by; `max_events`: after so many the run stops as
     diverged. `parity_every`: steps between checks that replicas hold the same parameters (0: never).
-    `init_timeout_seconds` until the first step is done, and for a save; `step_timeout_seconds` for anything else that
-    takes longer ends the process, with the stacks of all ranks in the store (0: no watchdog). `max_restarts`: how often
+    `init_timeout_seconds` from the set-up of the model until the first step is done, and for a save;
+    `step_timeout_seconds` for anything else: what takes longer ends the process, with the stacks of all ranks in the store
+    (0: no watchdog). Before that set-up a process waits for the store and for other ranks, within their own time limits
+    (`strategy.timeout_seconds`). `max_restarts`: how often
     the launcher starts the processes again, from the last commit, after one was killed, hung, crashed or lost the store,
     without a new commit in between: each one gives the full number back.
     """
@@ -224,7 +226,8 @@ class LogConfig:
     """Metrics leave the device every `every` steps and go to the store at least every `flush_seconds`.
 
     `trace` also logs the ids of the samples of each step, as they were decoded. Copies for other tools, see
-    `trainer.callbacks.loggers`: `tensorboard` in the run's URL, `wandb` to the project of that name, `mlflow` to that
+    `trainer.callbacks.loggers`: `tensorboard` in the run's URL (a remote one gets it at the end of an
+    attempt: one that is killed leaves none), `wandb` to the project of that name, `mlflow` to that
     tracking URI (none when empty).
     """
 
@@ -320,12 +323,27 @@ class RunConfig:
                 f"train.micro_batch={micro} does not divide the {batch // world} samples of a process "
                 f"(train.global_batch={batch} over {world} processes)"
             )
-        if "rollback" in (self.recovery.nonfinite, self.recovery.spike) and not self.checkpoint.every:
-            raise ValueError(
-                "recovery asks for a rollback but checkpoint.every=0: there would be no commit to go back to"
-            )
+        self._check_rollback()
         if self.checkpoint.best and not self.train.val_every:
             raise ValueError(f"checkpoint.best={self.checkpoint.best} needs validation; set train.val_every > 0")
+        self._check_schedule()
+
+    def _check_rollback(self) -> None:
+        recovery, saved = self.recovery, self.checkpoint
+        if "rollback" not in (recovery.nonfinite, recovery.spike):
+            return
+        if not (saved.every or saved.every_minutes or saved.keep_every or saved.best):
+            raise ValueError(
+                "recovery asks for a rollback but checkpoint.every, every_minutes, keep_every and best are not set: there "
+                "would be no commit to go back to"
+            )
+        if recovery.rollback_commits > saved.keep_last:
+            raise ValueError(
+                f"recovery.rollback_commits={recovery.rollback_commits} exceeds checkpoint.keep_last={saved.keep_last}: so "
+                "many commits are not kept"
+            )
+
+    def _check_schedule(self) -> None:
         schedule = self.schedule
         if schedule.warmup_steps + schedule.decay_steps > self.train.max_steps:
             raise ValueError(

@@ -61,11 +61,12 @@ def register(commands: Any) -> None:
         help="evaluate a run's last checkpoint on held-out data",
         description=(
             "Evaluates the run's last committed checkpoint; prints the metrics and writes evaluation.json. With changes to\n"
-            "data.* or task.*, such as another data set or a finer grid, the result is a file of its own beside it."
+            "data.* or task.*, such as another data set or a finer grid, or with --ema, the result is a file of its own beside it."
         ),
         example=(
             "keel evaluate runs/demo_fno --split test\n"
-            "keel evaluate runs/demo_fno data.url=runs/data/ns_128 task.space=[128,128]"
+            "keel evaluate runs/demo_fno data.url=runs/data/ns_128 task.space=[128,128]\n"
+            "keel evaluate runs/demo_fno --ema"
         ),
     )
     add_url(parser)
@@ -73,6 +74,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples (default: all)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples at once (default: 8)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of this step (default: the last whole one)")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights (of a run with train.ema_decay > 0)")
     add_overrides(parser, "the data and the task")
 
     parser = add_command(
@@ -144,7 +146,7 @@ def evaluate(args: argparse.Namespace) -> int:
     store = open_run(args.url)
 
     result = run_evaluation(
-        store.url, args.overrides, split=args.split, limit=args.limit, batch=args.batch, step=args.step
+        store.url, args.overrides, split=args.split, limit=args.limit, batch=args.batch, step=args.step, ema=args.ema
     )
     scalars = {key: value for key, value in flatten(result["metrics"]).items() if "@" not in key}
     print(f"step {result['step']}, {result['samples']} samples of split {args.split}")

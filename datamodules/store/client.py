@@ -17,7 +17,7 @@ from typing import Any
 
 from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, Tags, compare_tag, unsupported
 from .errors import StoreError
-from .retry import is_transient, response_of
+from .retry import SKEWED, is_transient, response_of
 from .sign import Signer
 
 log = logging.getLogger("keel.store")
@@ -102,9 +102,10 @@ class Client:
 
 
 def _refusal(error: BaseException) -> bool:
-    """An answer that s3fs might not get: neither a fault that passes nor about the object itself."""
-    status, _ = response_of(error)
-    return bool(status) and status not in (404, 416) and not is_transient(error)
+    """An answer that s3fs might not get: neither a fault that passes nor about the object itself. A URL that was signed while
+    the clock was wrong stays wrong."""
+    status, code = response_of(error)
+    return bool(status) and status not in (404, 416) and (code == SKEWED or not is_transient(error))
 
 
 _clients: dict[tuple[int, str], Client] = {}

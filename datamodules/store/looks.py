@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from .retry import is_transient
+
 
 def objects(filesystem: Any, key: str) -> list[str]:
     """All objects below the folder `key`, sorted, relative to it."""
@@ -39,3 +41,13 @@ def times(filesystem: Any, key: str) -> tuple[float, float] | None:
     answer = filesystem.call_s3("head_object", Bucket=bucket, Key=name)
     date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
     return None if date is None else (answer["LastModified"].timestamp(), parsedate_to_datetime(date).timestamp())
+
+
+def refused(filesystem: Any, key: str) -> None:
+    """Raises why S3 refused a HEAD of `key`, whose answer has no body that says it, if that is for a while only."""
+    bucket, _, name = key.partition("/")
+    try:
+        filesystem.call_s3("get_object", Bucket=bucket, Key=name or "-", Range="bytes=0-0")
+    except Exception as error:
+        if is_transient(error):
+            raise

@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 # HTTP answers that a later attempt may not get: time-out, conflict of conditional writes, throttling, server faults.
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-# Error codes that some servers send with a status of 400.
+# Error codes that some servers send with a status of 400; and, with 403, of a clock that has jumped and will be set right.
+SKEWED = "RequestTimeTooSkewed"
 TRANSIENT_CODES = frozenset(
-    {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError"}
+    {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", SKEWED}
 )
 TRANSIENT_ERRNO = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE, errno.EAGAIN}

@@ -234,6 +234,8 @@ class Store:
         """Write or replace an object as a whole: what cannot be finished is never seen."""
         if self.is_local:
             self._local(path, lambda: local.write(self.local_path(path), memoryview(data).cast("B")))
+        elif isinstance(data, memoryview) and data.nbytes > multipart.PART_BYTES and self._protocol in S3_PROTOCOLS:
+            self.write_pieces(path, [data], data.nbytes)  # botocore takes no memoryview: a copy of a part, not of all
         else:
             body = _body(data)
             self._remote(path, lambda held, key, _: held.filesystem.pipe_file(key, body))
@@ -365,6 +367,8 @@ class Store:
             except Exception as error:
                 if not is_connect_fault(error) and response_of(error)[0]:
                     held.reached = True
+                if self._protocol in S3_PROTOCOLS and response_of(error) == (403, "403"):
+                    looks.refused(held.filesystem, key)
                 raise
             held.reached = True
             return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from .errors import AccessDenied, NotFound, OutOfSpace, StoreError, Unreachable
-from .retry import chain, is_transient, response_of
+from .retry import SKEWED, chain, is_transient, response_of
 
 # A disk or a quota that is full. Servers answer with 507, or with 403 and one of these codes (Ceph, MinIO).
 _FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
@@ -28,6 +28,8 @@ def translate(error: Exception, url: str, is_local: bool) -> StoreError:
         return StoreError(f"{url}: goes through a file, where a folder was expected; choose another path")
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{url}: not found; check the URL")
+    if code == SKEWED:
+        return Unreachable(f"{url}: the store refuses this machine's clock ({text}); set it right")
     if isinstance(error, PermissionError) or status in (401, 403):
         hint = "check its permissions" if is_local else "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
         return AccessDenied(f"{url}: access denied ({code or text}); {hint}")

@@ -94,11 +94,11 @@ def install(faults: Faults) -> None:
     """Puts the faults where training and storage pass by."""
     import torch
 
+    from datamodules.position import StreamPosition
     from datamodules.store import Store
     from datamodules.store import store as stores
     from modules.tasks.base import Task
     from trainer import run
-    from trainer.callbacks.stream import StreamPosition
 
     train, advance, clock = Task.training_step, StreamPosition.on_train_batch_end, time.time
     write, create, failed, record = Store.write, Store.create, stores.is_connect_fault, run.write_record

@@ -80,7 +80,7 @@ def train_once(url: str, data: str, at: tuple[int, ...]) -> None:
 def watch() -> None:
     """Notes the end of each part of a start in this process."""
     import trainer.run
-    from trainer.callbacks.stream import StreamPosition
+    from datamodules.position import StreamPosition
     from trainer.strategies.base import Checkpointed
 
     def after(owner: Any, name: str, what: str) -> None:
@@ -152,8 +152,8 @@ def resume_parts(url: str, steps: int, repeats: int) -> dict[str, float]:
 
 def resume_steps(url: str, folder: str, repeats: int) -> dict[str, float]:
     """Seconds from `fit` to the end of the first step, in one process, by the step resumed from; medians."""
+    from datamodules.position import StreamPosition
     from datamodules.store import Store
-    from trainer.callbacks.stream import StreamPosition
     from trainer.checkpoint import step_name
     from trainer.lifecycle import prepare_resume
     from trainer.run import fit

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fsspec.config import conf
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError
-from datamodules.store import Sink, Store, StoreError, Unreachable, direct
+from datamodules.store import Sink, Store, StoreError, Unreachable, direct, multipart
 from tests.helpers.faulty_proxy import FAULTS, FaultyProxy
 
 from .samples import field_values, fields_reader, replace_shard, write_fields
@@ -190,6 +191,31 @@ def test_a_kept_connection_that_the_server_closed_is_no_fault(s3, proxy) -> None
         time.sleep(0.02)
 
 
+def test_a_clock_that_has_jumped_is_waited_for(s3, proxy) -> None:
+    store, left = Store(s3.url("skewed")), [0]
+    store.write("x", b"0123456789")
+
+    def skewed(*_: object) -> str | None:
+        left[0] -= 1
+        return "skewed" if left[0] >= 0 else None
+
+    proxy.fault = skewed
+    # The answer to a HEAD cannot say why: a GET is told.
+    for refused, call in (
+        (1, lambda: store.write("y", b"1")),
+        (1, lambda: store.read("x") == b"0123456789"),
+        (2, lambda: store.read_range("x", 2, 4) == b"23"),
+        (2, lambda: store.size("x") == 10),
+        (1, lambda: store.children()[1] == ["x", "y"]),
+        (2, lambda: not store.create("x", b"2")),
+    ):
+        left[0] = refused
+        assert call() in (None, True) and left[0] < 0
+    store.retry.deadline, left[0] = 0.0, 9
+    with pytest.raises(Unreachable, match="x: the store refuses this machine's clock"):
+        store.size("x")
+
+
 def test_a_server_that_takes_no_signed_urls_is_read_through_s3fs(s3, proxy, caplog) -> None:
     store = Store(s3.url("unsigned"))
     store.write("x", b"0123456789")
@@ -240,3 +266,17 @@ def test_sinks_get_each_range_in_order_and_from_its_start_after_a_fault(
 
     assert store.read_ranges(ranges, [sink(i) for i in range(3)]) == [b""] * 3
     assert [bytes(data) for data in found] == [content[start:end] for _, start, end in ranges]
+
+
+def test_a_part_of_a_buffer_is_written_without_a_copy_of_its_size(s3, monkeypatch) -> None:
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
+    store, data = Store(s3.url("parts")), np.random.default_rng(0).integers(0, 256, 48 << 20, dtype=np.uint8)
+    store.write("small", data[1 : 1 << 20].data)
+    tracemalloc.start()
+    try:
+        store.write("x", data[1:].data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(data) * 3 // 4, "a few parts of 5 MiB"
+    assert store.read("x") == data[1:].tobytes() and store.size("small") == (1 << 20) - 1

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-FAULTS = ("slow_down", "reset", "hang", "cut", "trickle", "flip", "hang_up", "late", "full")
+FAULTS = ("slow_down", "skewed", "reset", "hang", "cut", "trickle", "flip", "hang_up", "late", "full")
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SKEWED = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"
 FULL = b"<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum free drive.</Message></Error>"
 DROPPED = ("connection", "keep-alive", "transfer-encoding", "content-length", "server", "date")
 
@@ -21,9 +22,9 @@ DROPPED = ("connection", "keep-alive", "transfer-encoding", "content-length", "s
 class FaultyProxy:
     """Forwards to `upstream` ("http://host:port") from `endpoint`, which may be used as a context.
 
-    `fault(method, path, n)` names what goes wrong with the n-th request (from 0), or is None: slow_down (503), reset
-    (while the answer is awaited), hang (no answer), cut (half the body, then the end), trickle (a byte at a time), flip (a wrong
-    bit in the body), hang_up (the connection is closed after a good answer, against what the answer says), late (a good
+    `fault(method, path, n)` names what goes wrong with the n-th request (from 0), or is None: slow_down (503),
+    skewed (403: the client's clock is wrong), reset (while the answer is awaited), hang (no answer), cut (half the body,
+    then the end), trickle (a byte at a time), flip (a wrong bit in the body), hang_up (the connection is closed after a good answer, against what the answer says), late (a good
     answer after 0.3 s), full (507).
     `requests` lists (method, path, fault) so far. `stop_listening` and `listen` are a server that is down and up again.
     """
@@ -112,6 +113,9 @@ class FaultyProxy:
             return
         if fault == "slow_down":
             self._answer(request, 503, [("Content-Type", "application/xml")], SLOW_DOWN, len(SLOW_DOWN))
+            return
+        if fault == "skewed":
+            self._answer(request, 403, [("Content-Type", "application/xml")], SKEWED, len(SKEWED))
             return
         if fault == "full":
             self._answer(request, 507, [("Content-Type", "application/xml")], FULL, len(FULL))

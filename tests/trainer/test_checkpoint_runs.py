@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store, Unreachable
 from modules.tasks.field_rollout import FieldRollout
 from tests.helpers.distributed import run_distributed
@@ -17,7 +18,6 @@ from tests.helpers.runs import fno_config, lm_config, tiny_fields
 from trainer import config as configs
 from trainer.callbacks import selfcheck
 from trainer.callbacks.checkpoint import Checkpoint
-from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import CheckpointError, checkpointer, committed_steps, loading, read_manifest, state, verify
 from trainer.checkpoint.manifest import writer_name
 from trainer.checkpoint.storage import read_full
@@ -205,10 +205,27 @@ class FakeCheckpointer:
         return True
 
 
-def drive(config: CheckpointConfig, steps: int, saver: Any = lambda: None, **keywords: Any) -> FakeTrainer:
+class FakeFlights(FakeCheckpointer):
+    """What goes wrong with a save comes out at the next look, once."""
+
+    background = True
+    error: Exception | None = None
+
+    def wait(self, seconds: float | None = None) -> bool:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return True
+
+    poll = wait
+
+
+def drive(
+    config: CheckpointConfig, steps: int, saver: Any = lambda: None, checkpointer: Any = None, **keywords: Any
+) -> FakeTrainer:
     now = [0.0]
     trainer: Any = FakeTrainer(saver)
-    callback = Checkpoint(FakeCheckpointer(), config, clock=lambda: now[0], **keywords)  # type: ignore[arg-type]
+    callback = Checkpoint(checkpointer or FakeCheckpointer(), config, clock=lambda: now[0], **keywords)
     callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
     callback.on_train_start(trainer, None)  # type: ignore[arg-type]
     for step in range(1, steps + 1):
@@ -250,6 +267,46 @@ def test_so_many_failures_in_a_row_are_survived_and_told():
     calls.clear()
     with pytest.raises(CheckpointError, match="the store is down"):
         drive(CheckpointConfig(every=2), 10, saver((1,)))
+
+
+def test_so_many_failures_in_a_row_are_survived_in_the_background_too():
+    flights, calls = FakeFlights(), []
+
+    def saver(bad: tuple[int, ...]) -> Any:
+        def save() -> None:
+            calls.append(1)
+            if len(calls) in bad:
+                flights.error = CheckpointError("the store is down")
+
+        return save
+
+    config, told = CheckpointConfig(every=2, tolerate=2), []
+    drive(config, 10, saver((1, 2, 4)), flights, event=lambda *a, **k: told.append(k["saved_step"]))
+    assert told == [2, 4, 8]
+    calls.clear()
+    with pytest.raises(CheckpointError, match="the store is down"):
+        drive(config, 10, saver((1, 2, 3)), flights)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_whose_last_save_fails_has_failed_whatever_is_tolerated(background):
+    flights, calls = FakeFlights(), []
+
+    def save() -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            flights.error = CheckpointError("the store is down")
+            if not background:
+                flights.wait()
+
+    told: list[int] = []
+    checkpointer = flights if background else FakeCheckpointer()
+    with pytest.raises(CheckpointError, match="the store is down"):
+        drive(
+            CheckpointConfig(every=4, tolerate=9), 10, save, checkpointer, event=lambda step, *a, **k: told.append(step)
+        )
+    assert len(calls) == 4 and told == [10], "it was tried twice"
 
 
 def timed(url: str, data: str) -> tuple[Any, list[int]]:

@@ -32,10 +32,30 @@ def test_the_hash_is_of_what_decides_the_numbers():
     assert one == configs.config_hash(
         configs.load(base(), ["url=/elsewhere", "resources.processes_per_node=2", "log.every=1"])
     )
+    watched = ["recovery.max_restarts=3", "recovery.step_timeout_seconds=5", "recovery.init_timeout_seconds=9"]
+    assert one == configs.config_hash(configs.load(base(), [*watched, "train.val_every=2"]))
+    averaged = ["train.ema_decay=0.5", "train.val_every=2"]
+    assert configs.config_hash(configs.load(base(), averaged)) == configs.config_hash(
+        configs.load(base(), [*averaged, "train.ema_validation=true"])
+    )
     moved = configs.load(base(), ["data.url=/moved"])
     assert one == configs.config_hash(moved) != configs.config_hash(moved, "another data set")
-    for override in ("seed=8", "model.width=10", "optim.lr=1e-5", "train.max_steps=9"):
+    for override in ("seed=8", "model.width=10", "optim.lr=1e-5", "train.max_steps=9", "recovery.nonfinite=skip"):
         assert one != configs.config_hash(configs.load(base(), [override]))
+
+
+def test_replicas_are_compared_only_where_there_may_be_some():
+    two = ["recovery.parity_every=2", "resources.processes_per_node=2"]
+    for strategy in (["name=ddp"], ["name=fsdp", "replicate=2"]):
+        configs.load(base(), [*two, *(f"strategy.{value}" for value in strategy)])
+    configs.load(base(), ["recovery.parity_every=2", "strategy.name=ddp"])  # on one process: there may be more
+
+
+@pytest.mark.parametrize("saved", [["every=0", "every_minutes=5"], ["every=0", "keep_every=2"], ["keep_last=3"]])
+def test_whatever_makes_commits_makes_rollbacks_possible(saved):
+    commits = 3 if saved == ["keep_last=3"] else 2
+    rollback = ["recovery.nonfinite=rollback", f"recovery.rollback_commits={commits}"]
+    assert configs.load(base(), [*rollback, *(f"checkpoint.{value}" for value in saved)])
 
 
 def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_path):
@@ -64,6 +84,9 @@ def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_pat
         (["schedule.decay_steps=2"], "decay_steps=2 has no effect with name=cosine"),
         (["checkpoint.keep_last=1"], "at least 2 are kept"),
         (["checkpoint.keep_every=3"], "multiple of every=4"),
+        (["recovery.parity_every=2"], "recovery.parity_every=2 has no effect: with strategy.name=fsdp"),
+        (["recovery.spike=rollback", "checkpoint.every=0"], "there would be no commit to go back to"),
+        (["recovery.spike=rollback", "recovery.rollback_commits=3"], "exceeds checkpoint.keep_last=2"),
         (["diagnostics.names=[gradient]"], "diagnostics: names=gradient: must be one of"),
         (["diagnostics.every=0"], "every=0"),
         (["optim.lr=-1"], "optim: lr=-1.0: must be greater than 0"),

@@ -2,12 +2,14 @@
 
 import importlib.util
 import shutil
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from datamodules.store import Store
 from tests.conftest import unavailable
@@ -18,6 +20,8 @@ from trainer import config as configs
 from trainer.build import build
 from trainer.callbacks.ema import EMA
 from trainer.checkpoint import CheckpointError, load_module, read_manifest, step_name
+from trainer.evaluation import evaluate
+from trainer.planning.simulate import trace
 from trainer.records import read_metrics
 from trainer.run import fit
 
@@ -162,6 +166,30 @@ def test_sharded_averages_are_the_same(runs, strategy):
     entries = [entry for name, entry in kept.items() if name.startswith("ema.")]
     assert {entry["dtype"] for entry in entries} == {"float32"}
     assert any(len(entry["chunks"]) > 1 for entry in entries) == (strategy != "ddp")  # split as the weights are
+
+
+def test_an_evaluation_is_of_the_weights_or_of_their_averages(runs):
+    url, folder = runs["seen"], Path(runs["seen"])
+    plain, averaged = evaluate(url, split="validation"), evaluate(url, split="validation", ema=True)
+    # All that validation saw during training; what it saw at the end were the averages.
+    validated = [row["val/loss"] for row in read_metrics(Store(url)) if "val/loss" in row]
+    assert averaged["metrics"]["loss"] == pytest.approx(validated[-1], rel=1e-5) != plain["metrics"]["loss"]
+    assert averaged["ema"] is True and "ema" not in plain
+    assert len(list(folder.glob("evaluation-*.json"))) == 1 and (folder / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dry_run_knows_how_large_a_checkpoint_is(runs, strategy):
+    if dist.is_initialized():
+        dist.destroy_process_group()  # of tests before this one: a dry run makes its own
+    planned = trace(settings("memory://run", "memory://data", strategy, 2)).checkpoint_bytes
+    saved = saved_bytes(runs[strategy])
+    assert planned == pytest.approx(saved, rel=0.01), (planned, saved)
+
+
+def saved_bytes(url: str) -> int:
+    tensors = read_manifest(Store(url).sub("checkpoints"), STEPS)["tensors"]
+    return sum(chunk["bytes"] for name, e in tensors.items() if not name.startswith("rng.") for chunk in e["chunks"])
 
 
 def test_a_resume_goes_on_with_the_average(runs, tmp_path):

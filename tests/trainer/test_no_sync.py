@@ -31,6 +31,7 @@ def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
         "recovery.nonfinite=skip",
         "recovery.spike=skip",
         "recovery.window=8",
+        "strategy.name=ddp",
         "recovery.parity_every=1000",
         "checkpoint.every=1000",
         "checkpoint.every_minutes=1000",

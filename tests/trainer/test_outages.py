@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from tests.conftest import S3Server, unavailable
 from tests.helpers.distributed import run_distributed
 from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
-from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import committed_steps, verify
 from trainer.lifecycle import prepare_new
 from trainer.records import read_metrics, read_record

@@ -270,6 +270,30 @@ def test_gpu_check_says_when_there_is_no_gpu() -> None:
     assert done.stderr.splitlines() == ["gpu-check: there is no CUDA GPU here (torch.cuda.is_available() is False)"]
 
 
+def test_gpu_check_fails_where_a_run_cannot_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_check
+    import overhead
+
+    case = "fsdp, saved beside training, continued"
+    ended = {"status": "ok", "throughput": {"steps_per_s": 1.0, "samples_per_s": 1.0}, "peak": None, "loss": 1.0}
+    again: dict[str, Any] = {}
+    monkeypatch.setattr(gpu_check, "start", lambda url, *words: again if words else ended | {"steps": 3, "attempts": 1})
+    monkeypatch.setattr(simulate, "trace", lambda *_, **__: Trace(memory={"parameters": 1}))
+    for made in ("fields", "text"):
+        monkeypatch.setattr(overhead, made, lambda url: url)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--only", case])
+    for found, code in (
+        (ended | {"steps": 8, "attempts": 2}, 0),
+        ({"error": "it broke"}, 1),
+        (ended | {"steps": 8}, 1),
+    ):
+        again.clear()
+        again.update(found)
+        assert gpu_check.main() == code, found
+
+
 @pytest.mark.parametrize("case", ["fsdp, bf16-true", "fsdp, muon, bad steps undone, continued"])
 def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, case: str) -> None:
     script = BENCH.parent / "gpu_check.py"

@@ -211,7 +211,8 @@ def test_next_attempt_counts_what_left_only_rows(store: Store) -> None:
     writer = MetricsWriter(store, 12)
     writer.append({"step": 1})
     writer.close()
-    assert records.next_attempt(store) == 13
+    assert records.next_attempt(store) == 13 and records.newest_attempt(store) == 0
+    assert start_attempt(store, {}) == records.newest_attempt(store) == 13
 
 
 def test_record(store: Store) -> None:

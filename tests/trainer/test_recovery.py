@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
 from trainer.callbacks.guard import NONFINITE, SPIKE, Guard, not_finite
-from trainer.callbacks.stream import StreamPosition
 from trainer.checkpoint import committed_steps
 from trainer.lifecycle import prepare_new
 from trainer.records import read_attempts, read_metrics, read_record, read_trace, write_record

@@ -92,6 +92,29 @@ def test_a_metric_that_is_noted_before_the_save_begins_in_the_background_is_kept
     assert [entry.metrics for entry in Ledger(store).entries()] == [None]
 
 
+def test_metrics_that_are_noted_while_they_are_read_are_kept(tmp_path, monkeypatch):
+    store, net = Store(str(tmp_path)), torch.nn.Linear(2, 2)
+    Checkpointer(store).save(1, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+    ledger = Ledger(store)
+
+    def late(self: Ledger, step: int) -> None:
+        ledger.note(step, {"val/loss": 1.0})  # by the other thread, after the look
+
+    monkeypatch.setattr(Ledger, "_values", late)
+    assert [entry.metrics for entry in ledger.entries()] == [{"val/loss": 1.0}]
+
+
+@pytest.mark.parametrize(("bad", "commits", "target"), [(7, 1, 6), (7, 2, 4), (6, 2, 2), (7, 9, 2), (2, 2, None)])
+def test_a_rollback_goes_back_so_many_commits_before_the_bad_step(tmp_path, bad, commits, target):
+    store, net = Store(str(tmp_path)), torch.nn.Linear(2, 2)
+    saver = Checkpointer(store, retention=Retention(keep_last=9))
+    for step in (2, 4, 6):
+        saver.save(step, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+    saver.wait()
+    assert go_back(store, Rollback(bad, 0, "a test"), commits) == target
+    assert committed_steps(store) == [step for step in (2, 4, 6) if step <= (target or 0)]
+
+
 def test_a_rollback_takes_the_metrics_of_what_it_removes_along(tmp_path):
     store, net = Store(str(tmp_path)), torch.nn.Linear(2, 2)
     saver = Checkpointer(store, retention=Retention(keep_last=9))

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
-from trainer.callbacks.stream import StreamPosition
+from trainer.callbacks.loggers import Loggers
 from trainer.callbacks.validation import MissedValidation
-from trainer.checkpoint import committed_steps, read_manifest, verify
+from trainer.callbacks.watchdog import Watchdog
+from trainer.checkpoint import CheckpointError, committed_steps, read_manifest, verify
 from trainer.evaluation import evaluate
 from trainer.lifecycle import prepare_new, prepare_resume
 from trainer.records import MetricsWriter, read_attempts, read_metrics, read_record, read_trace, start_attempt
@@ -162,6 +164,53 @@ def test_a_validation_that_was_killed_is_made_up_for(tmp_path, data, whole):
     assert losses(whole("fno")) == losses(broken) and samples(whole("fno")) == samples(broken)
 
 
+def test_a_signal_lets_no_validation_come_before_the_save(tmp_path, data, whole):
+    url = str(tmp_path / "run")
+    ((first, second),) = run_distributed(told, 1, make("fno", url, data, **RUN), 8)
+    assert (first["status"], first["steps"], first["validated"]) == ("preempted", 8, [4])
+    assert first["metrics"] and second["status"] == "ok"
+    assert first["closed_after"] == {"record.jsonl": True, "metrics.csv": False}, "what matters comes first"
+    rows = [[r for r in read_metrics(Store(url)) if "val/loss" in r] for url in (whole("fno"), url)]
+    assert [r["step"] for r in rows[1]] == [4, 8, 12, 16, 20]  # made up for
+    assert [r["val/loss"] for r in rows[0]] == [r["val/loss"] for r in rows[1]]
+    assert losses(whole("fno")) == losses(url) and samples(whole("fno")) == samples(url)
+    assert second["metrics"] == read_record(Store(whole("fno")))["metrics"]
+
+
+def test_the_metrics_of_a_run_are_those_of_its_last_validation(tmp_path, data):
+    """Also where an attempt that has died made it."""
+    url = str(tmp_path / "run")
+    config = make("fno", url, data, "checkpoint.every=5", max_steps=6, val_every=4)
+    ((first, second),) = run_distributed(told, 1, config, 5)
+    assert (first["status"], second["status"], second["steps"]) == ("preempted", "ok", 6)
+    assert second["metrics"] == first["metrics"] and "val/loss" in first["metrics"]
+
+
+def told(config: configs.RunConfig, step: int) -> list[dict[str, Any]]:
+    """Worker function: a signal comes in that step, after which a validation is due; then the run goes on."""
+    advance = StreamPosition.on_train_batch_end
+
+    def tells(self: StreamPosition, trainer: Any, *arguments: Any) -> None:
+        advance(self, trainer, *arguments)
+        if trainer.global_step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    StreamPosition.on_train_batch_end = tells  # type: ignore[method-assign]
+    closed_after, close = {}, Loggers.close
+
+    def noted(self: Loggers, seconds: float = 60.0) -> None:
+        closed_after.update({name: Store(config.url).exists(name) for name in ("record.jsonl", "metrics.csv")})
+        close(self, seconds)
+
+    Loggers.close = noted  # type: ignore[method-assign]
+    first = fit(config)
+    Loggers.close = close  # type: ignore[method-assign]
+    first["closed_after"] = closed_after
+    first["validated"] = [row["step"] for row in read_metrics(Store(config.url)) if "val/loss" in row]
+    StreamPosition.on_train_batch_end = advance  # type: ignore[method-assign]
+    return [first, fit(config, resume=True)]
+
+
 def test_what_validation_was_lost_is_asked_of_the_step_that_was_really_loaded(tmp_path):
     """Not of the newest checkpoint, which may have been fallen back from."""
     store, validated = Store(str(tmp_path)), []
@@ -208,7 +257,10 @@ def test_an_attempt_that_was_replaced_stops_before_it_commits(tmp_path, data):
     config = make("fno", url, data)
     with pytest.raises(RuntimeError, match=r"attempt 2 of the run at .* has started; this one, attempt 1, stops"):
         run_distributed(replaced, 1, config)
-    assert committed_steps(Store(url).sub("checkpoints")) == []
+    store = Store(url)
+    assert committed_steps(store.sub("checkpoints")) == []
+    assert not store.exists("record.jsonl"), "the record is that of the attempt that goes on"
+    assert not store.exists("status/run.json") or store.read_json("status/run.json")["status"] is None
 
 
 def replaced(config: configs.RunConfig) -> None:
@@ -219,6 +271,9 @@ def replaced(config: configs.RunConfig) -> None:
         advance(self, trainer, *arguments)
         if trainer.global_step == 2:
             start_attempt(Store(config.url), {"resumed_from": 0})
+            (watchdog,) = (callback for callback in trainer.callbacks if isinstance(callback, Watchdog))
+            with pytest.raises(CheckpointError, match="attempt 2 of the run"):
+                watchdog.tell("it hangs")
 
     StreamPosition.on_train_batch_end = rival  # type: ignore[method-assign]
     fit(config)
@@ -233,7 +288,7 @@ def test_a_signal_to_one_of_two_ranks_ends_all_with_a_save(tmp_path, data, signu
     whole, stopped = str(tmp_path / "whole"), str(tmp_path / "stopped")
     two = "resources.processes_per_node=2"
     for url in (whole, stopped):
-        make("lm", url, data, two, "checkpoint.every=25", max_steps=150)
+        make("lm", url, data, two, "checkpoint.every=25", max_steps=150, val_every=60)
     command = [sys.executable, "-m", "cluster.cli", "resume", stopped]
     launcher = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = Store(stopped).sub("checkpoints")
@@ -246,6 +301,8 @@ def test_a_signal_to_one_of_two_ranks_ends_all_with_a_save(tmp_path, data, signu
     record = read_record(Store(stopped))
     assert record["status"] == status and 25 <= record["steps"] < 150
     assert committed_steps(checkpoints)[-1] == record["steps"]
+    validated = [row["step"] for row in read_metrics(Store(stopped)) if "val/loss" in row]
+    assert record["steps"] not in validated and all(step % 60 == 0 for step in validated)
     if signum == "SIGTERM":
         for url in (whole, stopped):
             run_distributed(train, 2, prepare_resume(url, []), True)
@@ -311,6 +368,8 @@ def test_a_run_leaves_a_record_a_manifest_and_an_evaluation(tmp_path, data):
     assert len(list((tmp_path / "run").glob("evaluation-*.json"))) == 1
     with pytest.raises(configs.ConfigError, match=r"model\.width=8: an evaluation may change data\.\* and task\.\*"):
         evaluate(url, ["model.width=8"])
+    with pytest.raises(CheckpointError, match=r"step-00000008 has no averaged weights: its run had train.ema_decay=0"):
+        evaluate(url, ema=True)
 
 
 def test_a_killed_process_resumes_bitwise(tmp_path, data):

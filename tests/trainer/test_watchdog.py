@@ -1,5 +1,6 @@
 """Hangs: who is named, what is left behind, and what is no hang. Replicas that drift apart are named, too."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,6 +58,10 @@ def test_a_hang_names_the_rank_and_the_phase_and_leaves_all_stacks(tmp_path) -> 
     stuck, waiting = ((tmp_path / "run/hangs/0001" / f"rank-0000{rank}.txt").read_text() for rank in (1, 0))
     assert stuck.startswith(f"rank 1 on {host}") and "in stuck" in stuck
     assert "time.sleep" not in waiting and "torch/distributed" in waiting
+    if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):  # records gloo, too
+        for rank in (0, 1):
+            recorded = json.loads((tmp_path / f"run/hangs/0001/rank-0000{rank}-collectives.json").read_text())
+            assert {entry["profiling_name"] for entry in recorded["entries"]} & {"gloo:all_reduce", "gloo:barrier"}
     assert committed_steps(Store(url).sub("checkpoints")) == [4]
 
 
@@ -78,6 +83,14 @@ def test_a_process_whose_interpreter_is_stuck_ends_all_the_same(tmp_path) -> Non
     found = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, cwd=os.getcwd())
     assert found.returncode == 1
     assert "Timeout" in found.stderr and "re/__init__.py" in found.stderr
+
+
+def test_a_flight_recorder_that_fails_is_told(monkeypatch, caplog) -> None:
+    def broken() -> bytes:
+        raise RuntimeError("no recorder")
+
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", broken, raising=False)
+    assert list(watchdog._flight_recorder()) == [] and "the last collectives are not told: no recorder" in caplog.text
 
 
 class Recorded(Watchdog):

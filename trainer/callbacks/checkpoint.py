@@ -100,7 +100,7 @@ class Checkpoint(pl.Callback):
             if not self._look(trainer, wait=True):
                 self._last = -1
                 self._save(trainer, final=True)
-                self._look(trainer, wait=True)
+                self._look(trainer, wait=True, last=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets a save in flight end; its own fate is told, and does not hide what ended training."""
@@ -135,12 +135,12 @@ class Checkpoint(pl.Callback):
             self._vote.wait()
             self._vote = None
 
-    def _look(self, trainer: pl.Trainer, *, wait: bool = False) -> bool:
-        """Takes note of a save that has ended; False when it failed, and that is survived."""
+    def _look(self, trainer: pl.Trainer, *, wait: bool = False, last: bool = False) -> bool:
+        """Takes note of a save that has ended; False when it failed, and that is survived (not that of a `last` one)."""
         try:
             ended = self.checkpointer.wait() if wait else self.checkpointer.poll()
         except (CheckpointError, StoreError) as error:
-            self._survive(trainer, error)
+            self._survive(trainer, error, last=last)
             return False
         if ended and self._in_flight is not None:
             self._failures, self._in_flight = 0, None
@@ -155,16 +155,17 @@ class Checkpoint(pl.Callback):
             self._look(trainer, wait=True)
             self._before_save()
             done = not self._healthy(step, trainer.lightning_module)
-            for _ in range(2 if final else 1):  # at the end what failed is tried once more: there is no next interval
-                done = done or self._try(trainer, step)
+            # At the end what failed is tried once more: there is no next interval.
+            for last in (False, True) if final else (False,):
+                done = done or self._try(trainer, step, last=last)
         self._last = step if done else -1
         self._saved_at = self._clock()
 
-    def _try(self, trainer: pl.Trainer, step: int) -> bool:
+    def _try(self, trainer: pl.Trainer, step: int, *, last: bool) -> bool:
         try:
             trainer.save_checkpoint(self.checkpointer.store.join(step_name(step)), weights_only=False)
         except (CheckpointError, StoreError) as error:  # on all ranks alike
-            self._survive(trainer, error)
+            self._survive(trainer, error, last=last)
             return False
         if self.checkpointer.background:
             self._in_flight = step
@@ -172,10 +173,11 @@ class Checkpoint(pl.Callback):
             self._failures = 0
         return True
 
-    def _survive(self, trainer: pl.Trainer, error: Exception) -> None:
-        """Counts a failed save; raises it when there were too many in a row."""
+    def _survive(self, trainer: pl.Trainer, error: Exception, *, last: bool) -> None:
+        """Counts a failed save; raises it when there were too many in a row, or no other try is left."""
         self._failures += 1
-        if self._failures > self.config.tolerate:
+        if last or self._failures > self.config.tolerate:
             raise error
         log.warning("%s; training goes on (failure %d, tolerated %d)", error, self._failures, self.config.tolerate)
         self._event(trainer.global_step, "save_failed", why=" ".join(str(error).split()), saved_step=self._in_flight)
+        self._in_flight = None

@@ -176,6 +176,9 @@ def _not_finite(optimizer: torch.optim.Optimizer, device: torch.device) -> Tenso
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+    # ZeRO keeps its share of what was reduced apart, and hands it to the parameters that it steps only in its step.
+    for share in getattr(optimizer, "averaged_gradients", {}).values():
+        gradients += [gradient for gradient in share or () if gradient is not None]
     return not_finite(gradients, device)
 
 

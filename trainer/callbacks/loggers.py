@@ -58,10 +58,19 @@ class Loggers(lightning.Callback):
         store: the run's URL.
         sinks: name -> function that makes the sink from the step after which training begins (0: a fresh start), called in
             the thread (some of them talk to a network).
+        hurried: asked at the end of training: true when the process may be killed soon. Then nothing is waited for, no file
+            is written, and whoever asked for the end calls `close` once what matters more is done.
     """
 
-    def __init__(self, metrics: MetricsLog, store: Store, sinks: Mapping[str, Callable[[int], Sink]]) -> None:
-        self._store, self._makers = store, dict(sinks)
+    def __init__(
+        self,
+        metrics: MetricsLog,
+        store: Store,
+        sinks: Mapping[str, Callable[[int], Sink]],
+        *,
+        hurried: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._store, self._makers, self._hurried = store, dict(sinks), hurried
         self._rows: queue.Queue[list[Row] | None] = queue.Queue(maxsize=_QUEUE)
         self._thread: threading.Thread | None = None
         self._lost = 0
@@ -77,6 +86,8 @@ class Loggers(lightning.Callback):
             self._thread.start()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._hurried():
+            return
         self.close()
         try:
             self._store.write(CSV, to_csv(read_metrics(self._store)))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from trainer import signals
+from trainer.callbacks.stopping import stop
 
 
 class Preemption(pl.Callback):
@@ -50,7 +51,8 @@ class Preemption(pl.Callback):
                 self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         if agreed:
             self.signal = agreed
-            trainer.should_stop = True
+            if trainer.global_step < trainer.max_steps:  # else this is the end anyway, with its validation
+                stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._pending is not None:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from datamodules.store import Store
 from trainer.callbacks.metrics import MetricsLog
+from trainer.callbacks.stopping import stop
 from trainer.distributed import on_rank_zero
 
 JUDGE, JUDGE_SETTINGS = "KEEL_JUDGE", "KEEL_JUDGE_SETTINGS"  # module:function, and JSON that it reads itself
@@ -57,4 +58,4 @@ class Pruning(pl.Callback):
         self.why = on_rank_zero(lambda: self._judge(self._store, step, metrics)) or ""
         if self.why:
             self._log.event(step, "pruned", why=self.why)
-            trainer.should_stop = True
+            stop(trainer)

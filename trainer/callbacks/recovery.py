@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer.callbacks.guard import NONFINITE, SPIKE, Guard, not_finite
 from trainer.callbacks.metrics import MetricsLog
+from trainer.callbacks.stopping import stop
 from trainer.records import Row
 from trainer.schema import RecoveryConfig
 from trainer.strategies.clipping import local_part
@@ -146,10 +147,10 @@ class Recovery(pl.Callback):
         assert self._trainer is not None
         self.rollback = Rollback(step, self._trainer.datamodule.position, why)  # type: ignore[attr-defined]
         self._log.event(step, "rollback", why=why)
-        self._trainer.should_stop = True
+        stop(self._trainer)
 
     def _end(self, step: int, why: str) -> None:
         self.step = step
         self._log.event(step, "diverged", why=why)
         if self._trainer is not None:
-            self._trainer.should_stop = True
+            stop(self._trainer)

@@ -25,7 +25,9 @@ class MissedValidation(pl.Callback):
         if not step or step % self.every or not on_rank_zero(lambda: self._missing(step)):
             return
         trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # from its first sample: the progress that was loaded is that of an earlier validation
+        loop.run()
         trainer.training = True
 
     def _missing(self, step: int) -> bool:

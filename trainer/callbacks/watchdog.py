@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import socket
 import sys
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from datamodules.store import Store
 from trainer.restarts import EXIT_HANG
 
+log = logging.getLogger("keel.run")
+
 # In the order of a step: of two ranks the one in the earlier phase keeps the other waiting.
 PHASES = ("start-up", "data wait", "forward", "backward", "optimiser", "end of step", "save", "validation")
 
@@ -33,7 +36,7 @@ class Watchdog(pl.Callback):
     """A thread that watches how long the process stays in one phase of one step. First in the list of callbacks;
     `ready` is last.
 
-    Until the first step is done, and for a save, `init_seconds` are allowed, else `step_seconds`. When they are over,
+    From the set-up of the model on until the first step is done, and for a save, `init_seconds` are allowed, else `step_seconds`. When they are over,
     the ranks tell each other through the store of the process group where they are; each puts the Python stacks of its
     threads (and what the flight recorder of the collectives holds) under `hangs/AAAA/` of the run; one line names rank,
     host and phase, and the process ends with the exit code 76, on which the launcher starts the group again. A process
@@ -308,7 +311,12 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
 def _flight_recorder() -> Iterator[bytes]:
     """The last collectives of this rank as JSON, where torch has recorded any."""
     c10d: Any = torch._C._distributed_c10d
-    with contextlib.suppress(Exception):
-        dump = getattr(c10d, "_dump_nccl_trace_json", None) or c10d._dump_fr_trace_json
+    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return
+    try:
         raw = dump()
-        yield raw if isinstance(raw, bytes) else raw.encode()
+    except Exception as error:
+        log.warning("the last collectives are not told: %s", " ".join(str(error).split()))
+        return
+    yield raw if isinstance(raw, bytes) else raw.encode()

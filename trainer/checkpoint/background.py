@@ -16,11 +16,6 @@ class Flight:
         self._error: BaseException | None = None
         self._done = threading.Event()
 
-    @property
-    def busy(self) -> bool:
-        """Whether work is under way."""
-        return self._thread is not None and not self._done.is_set()
-
     def start(self, work: Callable[[], Any], name: str) -> None:
         """Begins `work`; the work before must have been waited for."""
         assert self._thread is None, "one piece of work at a time: wait() first"

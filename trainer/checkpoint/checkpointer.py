@@ -175,11 +175,6 @@ class Checkpointer:
         self.wait()
         return on_rank_zero(lambda: manifests.latest(self.store, before=before))
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way on this rank. Not collective."""
-        return self._flight.busy
-
     def poll(self) -> bool:
         """Whether a save has ended since the last call; raises what it raised. Not collective; never waits."""
         return self._flight.poll()

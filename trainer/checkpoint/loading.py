@@ -82,10 +82,12 @@ def load_module(store: Store, step: int, module: nn.Module, *, prefix: str = sta
         prefix: `model.`, or that of a copy of the weights such as `ema.`; what it lacks comes from `model.`.
 
     Raises:
-        CheckpointError: as `Checkpointer.load`.
+        CheckpointError: as `Checkpointer.load`, or there is no such copy.
     """
     manifest = manifests.read_manifest(store, step)
     folder = store.sub(manifests.step_name(step))
+    if not any(name.startswith(prefix) for name in manifest["tensors"]):
+        raise CheckpointError(f"{folder.url} has no averaged weights: its run had train.ema_decay=0")
     own = module.state_dict()
     check_compatible(manifest, {states.MODEL + name: t for name, t in own.items()}, {}, folder.url, whole=False)
     names = {name: weights_name(manifest, name, prefix) for name in own}

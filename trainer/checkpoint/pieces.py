@@ -1,7 +1,7 @@
 """Tensors of which this rank holds stretches of the flattened elements: how ZeRO and its like cut a model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,9 @@ class Pieces(torch.Tensor):
             position += size
         return cls(shape, flat.dtype, pieces)
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Pieces":
-        """The same boxes with other tensors, such as copies on the host."""
-        return Pieces(self.shape, self.dtype, [(offsets, change(piece)) for offsets, piece in self.pieces])
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(f"{func}: this tensor is cut into pieces for a checkpoint; use them (`pieces`, `map`)")
+        raise RuntimeError(f"{func}: this tensor is cut into pieces for a checkpoint; use its `pieces`")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Pieces({list(self.shape)}, {self.dtype}, {[(o, list(p.shape)) for o, p in self.pieces]})"

@@ -113,7 +113,9 @@ class Ledger:
             if step not in self._created:
                 self._created[step] = self._time(step)
             if metrics and step not in self._metrics:
-                self._metrics[step] = self._values(step)
+                values = self._values(step)
+                with self._lock:
+                    self._metrics.setdefault(step, values)  # what was noted meanwhile is newer
             found.append(Entry(step, self._created[step], self._metrics.get(step)))
         return found
 

@@ -54,7 +54,8 @@ class Trace:
     """What one steady step of rank 0 holds and sends.
 
     Attributes:
-        parameters: elements of the whole model; `checkpoint_bytes`: of all ranks, parameters, buffers, optimiser state.
+        parameters: elements of the whole model; `checkpoint_bytes`: of all ranks, parameters, their averages, buffers,
+            optimiser state.
         memory: bytes by category (`tracking.CATEGORIES`) at the highest point of the step, which lies in `phase`.
         traffic: collectives of one optimiser step.
         work: the operations of one optimiser step, by their size.
@@ -174,9 +175,11 @@ def _as_zero(found: Trace, config: RunConfig) -> None:
     """
     zero, world, memory = config.strategy, config.resources.world_size, found.memory
     width = 2 if config.train.precision == "bf16-true" else 4
-    weights, states = found.parameters * width, found.checkpoint_bytes - found.parameters * width
+    weights, averages = found.parameters * width, found.parameters * 4 if config.train.ema_decay else 0
+    states = found.checkpoint_bytes - weights - averages
     if width == 2:
         states *= 2  # moments of the float32 copies
+    found.checkpoint_bytes = found.parameters * 4 + averages + states  # the copies are saved, not what was made of them
     masters = found.parameters * 4 // world
     memory["optimiser"] = states // world + masters
     memory["averages"] //= world
@@ -293,7 +296,8 @@ class Probe(pl.Callback):
             if self._sent_buffers:
                 count = found.accumulation
                 found.traffic[Route("broadcast", world, local)] = Traffic(count, count * self._sent_buffers)
-        kept = [*task.parameters(), *task.buffers(), *optimiser]
+        averages = self.average._averages if self.average is not None else []
+        kept = [*task.parameters(), *task.buffers(), *optimiser, *averages]
         found.checkpoint_bytes = sum(value.numel() * value.element_size() for value in kept)  # whole, of DTensors too
 
 

@@ -42,6 +42,16 @@ class Checkpointed(ParallelStrategy):
     @classmethod
     def check_run(cls, config: Any) -> None:
         """Raises ValueError if this strategy cannot work with the other sections of a `RunConfig`."""
+        if config.recovery.parity_every and not cls.replicates(config.strategy):
+            raise ValueError(
+                f"recovery.parity_every={config.recovery.parity_every} has no effect: with strategy.name="
+                f"{config.strategy.name}, so configured, no two processes hold the same parameters; leave it out"
+            )
+
+    @classmethod
+    def replicates(cls, config: Any) -> bool:
+        """Whether with this strategy, so configured, several processes hold the same parameters."""
+        return True
 
     @property
     def layout(self) -> Layout:

@@ -78,6 +78,7 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
 
     @classmethod
     def check_run(cls, config: Any) -> None:
+        super().check_run(config)
         _installed()
         name = "strategy.name=deepspeed"
         if config.train.precision not in PRECISIONS:
@@ -105,6 +106,10 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
             raise ValueError(
                 f"recovery: skip cannot undo a step of {name}; use rollback or stop, or strategy.name=fsdp or ddp"
             )
+
+    @classmethod
+    def replicates(cls, config: Any) -> bool:
+        return bool(config.stage < 3)
 
     def prepare(self, network: nn.Module) -> None:
         precisions.cast_weights(network, self.train_config.precision)

@@ -69,6 +69,10 @@ class FSDP(Checkpointed, ModelParallelStrategy):
     def check(cls, config: Any, network: nn.Module) -> None:
         tensor_parallel.check(network, config.tensor)
 
+    @classmethod
+    def replicates(cls, config: Any) -> bool:
+        return bool(config.replicate > 1 or config.tensor > 1)  # what is not cut is whole on all ranks of `tensor`
+
     @property
     def layout(self) -> Layout:
         return Layout(dist.get_world_size(), self.config.replicate, self.config.tensor)
