@@ -78,26 +78,36 @@ class Sources:
             self._open = None
 
     def _split(self, fractions: dict[str, float]) -> list[Part]:
-        """By folder where the files lie in folders named so; else each file by the fractions, rounding carried over."""
+        """By folder where the files lie in folders named so; else each file by the fractions, rounding carried over.
+
+        Raises DataError where there are too few trajectories to give each split one that is to have some.
+        """
         if not fractions:
             whole = [Part(d.file, 0, d.trajectories, d.file.split or "train") for d in self.described]
             return [part for name in SPLITS for part in whole if part.split == name]
-        shares = [0.0, *accumulate(fractions.get(name, 0.0) for name in SPLITS)]
-        shares[-1] = 1.0
+        train, validation, test = (fractions.get(name, 0.0) for name in SPLITS)
+        seen = (train + validation) / (train + validation + test)
+        trained = train / (train + validation) if seen else 0.0
         found: dict[str, list[Part]] = {name: [] for name in SPLITS}
-        before = 0
+        before, done = 0, dict.fromkeys(SPLITS, 0)
         for d in self.described:
-            after, low = before + d.trajectories, 0
-            for name, share in zip(SPLITS, shares[1:], strict=True):
-                # Over all files a share is exact to one trajectory, and each file takes part in each split.
-                high = min(
-                    d.trajectories,
-                    max(low, round(share * after) - round(share * before) if share < 1 else d.trajectories),
-                )
+            # Of all files up to this one: both cuts only grow, so that each share is exact to one trajectory over all of
+            # them, however few a file holds.
+            before += d.trajectories
+            rest = round(seen * before)
+            first = round(trained * rest)
+            low = 0
+            for name, total in zip(SPLITS, (first, rest - first, before - rest), strict=True):
+                high = low + total - done[name]
+                done[name] = total
                 if high > low:
                     found[name].append(Part(d.file, low, high, name))
                 low = high
-            before = after
+        for name in SPLITS:
+            if fractions.get(name, 0.0) > 0 and not found[name]:
+                raise DataError(
+                    f"split {name}={fractions[name]:g}: gets none of the {before} trajectories; raise its share or leave it out"
+                )
         return [part for name in SPLITS for part in found[name]]
 
     def splits(self) -> dict[str, list[int]]:
