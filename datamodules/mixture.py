@@ -54,6 +54,14 @@ class MixtureConfig:
         for i in range(len(self.sources)):
             self.source(i)
 
+    def entries(self) -> dict[str, str]:
+        """As ``StreamConfig.entries``, of all sources, but for ``source``."""
+        found: dict[str, str] = {}
+        for i in range(len(self.sources)):
+            for entry, setting in self.source(i)[2].entries().items():
+                found.setdefault(entry, setting and f"sources[{i}].{setting}")
+        return found
+
     def source(self, i: int) -> tuple[str, float, Any]:
         """(kind's name, weight, config) of source i. ``ValueError`` names the field that is wrong."""
         given, where = dict(self.sources[i]), f"sources[{i}]"

@@ -102,6 +102,10 @@ class StreamConfig:
         if self.fetch == "shards" and not self.cache_bytes:
             raise ValueError("fetch=shards: needs a cache; set cache_bytes, or fetch=ranges")
 
+    def entries(self) -> dict[str, str]:
+        """Batch entry, but for ``index`` -> the setting that makes it, if any. Empty: not told."""
+        return {}
+
 
 class StreamingDataModule(lightning.LightningDataModule):
     """Streams one data set to the ranks of one run.
