@@ -50,6 +50,10 @@ class Windows(Protocol):
     def group(self) -> int: ...
 
     @property
+    def touched(self) -> int:
+        """Shards that a group lies in, at most."""
+
+    @property
     def entries(self) -> int:
         """Entries of the window axis in one sample."""
 
@@ -179,7 +183,22 @@ class FieldWindows:
 
     @property
     def group(self) -> int:
-        return self.starts * (self.array.shard_length if self.only is None else -(-self.count // self._shards))
+        return self.starts * self._together
+
+    @property
+    def _together(self) -> int:
+        """Trajectories of a group."""
+        return self.array.shard_length if self.only is None else -(-self.count // self._shards)
+
+    @cached_property
+    def touched(self) -> int:
+        length = self.array.shard_length
+        if self.only is None:
+            return min(self._shards, 1 if self.first % length == 0 else 2)
+        shards = self.only // length
+        new = np.diff(shards, prepend=-1) != 0
+        new[:: self._together] = True  # in each group its first shard is new
+        return int(np.add.reduceat(new, np.arange(0, self.count, self._together)).max())
 
     @property
     def entries(self) -> int:
@@ -266,6 +285,11 @@ class TokenWindows:
     @property
     def group(self) -> int:
         return max(1, self.array.shard_length // self.length)
+
+    @property
+    def touched(self) -> int:
+        # Sequences begin anywhere in a shard, and each has a token of the next.
+        return min(self.array.shards, (self.group * self.length - 1) // self.array.shard_length + 2)
 
     @property
     def entries(self) -> int:
