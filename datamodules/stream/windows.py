@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from datamodules.format import Array, DataError
 
+AXES = ("trajectory", "time", "channel")  # of fields, before those of space
 Ids = NDArray[np.int64]
 
 
@@ -119,7 +121,9 @@ class FieldWindows:
 
     def __post_init__(self) -> None:
         array, name = self.array, self.array.name
-        if array.window_axis != 1:
+        # Axes of other extents than those of the main array have names of their own, such as channel_2.
+        pairs = zip_longest(array.dimensions[:3], AXES, fillvalue="")
+        if array.window_axis != 1 or not all(a == b or a.startswith(f"{b}_") for a, b in pairs):
             raise DataError(
                 f"{name}: has axes {', '.join(array.dimensions)}; windows need trajectory, time, channel and space"
             )
