@@ -30,6 +30,8 @@ class FieldsConfig(StreamConfig):
             frames, and ``target``, the next ``output_frames`` x ``rollout``, instead of ``fields``.
         parameters: names of arrays with one entry for each trajectory (a viscosity, a wave speed); the batch has those of
             its samples under the same names.
+
+    ``pairs``, ``input_frames`` and ``parameters`` change what a batch has; a run is refused if its task does not read that.
     """
 
     variable: str = ""
@@ -65,6 +67,12 @@ class FieldsConfig(StreamConfig):
                 )
             self.frames = total
 
+    def entries(self) -> dict[str, str]:
+        inputs = f"input_frames={self.input_frames}"
+        found = {"input": inputs, "target": inputs} if self.input_frames else {"fields": ""}
+        found |= {name: f"parameters={list(self.parameters)}" for name in self.parameters}
+        return found | ({"lead": "pairs=true"} if self.pairs else {})
+
 
 @dataclass
 class TextConfig(StreamConfig):
@@ -72,7 +80,8 @@ class TextConfig(StreamConfig):
 
     ``documents``: batches also tell the documents packed into a sequence apart, from the data set's separator token:
     ``document``, int64 [B, seq_len + 1], counts them from 0, and ``mask``, bool [B, seq_len], is false for targets that
-    begin another document.
+    begin another document. A run is refused if its task does not read both, as ``next_token``, whose attention sees the
+    whole sequence.
     """
 
     seq_len: int = 256
@@ -81,6 +90,10 @@ class TextConfig(StreamConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("seq_len", self.seq_len, 1)
+
+    def entries(self) -> dict[str, str]:
+        told = dict.fromkeys(("document", "mask"), "documents=true") if self.documents else {}
+        return {"tokens": "", **told}
 
 
 class FieldsData(StreamingDataModule):

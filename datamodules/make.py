@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.format import DataError, Writer
+from datamodules.format.writer import clean, finished
 from datamodules.registry import lookup
 from datamodules.simulators.base import Generator
 from datamodules.store import NotFound, Store, StoreError
@@ -99,12 +100,11 @@ def generator_of(config: MakeConfig) -> tuple[str, Generator]:
     return str(name), generator_class(own, config.seed, config.shard_bytes)
 
 
-def _writer(config: MakeConfig) -> tuple[Writer, Generator, dict[str, Any]]:
-    name, generator = generator_of(config)
+def _identity(config: MakeConfig, name: str, generator: Generator) -> dict[str, Any]:
+    """What fixes the bytes but for the generator's sources."""
     own = asdict(generator.config)
     description = {"name": name, "version": generator.version, "config": own, "seed": config.seed}
-    identity = {"generator": description, "shard_bytes": config.shard_bytes, "source": generator.source()}
-    return Writer(Store(config.url, **config.store), generator.specs(), identity), generator, identity
+    return {"generator": description, "shard_bytes": config.shard_bytes}
 
 
 def _write(writer: Writer, generator: Generator, name: str, k: int) -> dict[str, Any]:
@@ -145,7 +145,8 @@ def make(config: MakeConfig, progress: Progress | None = None) -> str:
     """Write the data set of `config`; returns its URL.
 
     Call it again after an interruption: shards that are whole are kept. The bytes depend on generator, seed and
-    shard_bytes alone. `progress(done, total)` counts shards.
+    shard_bytes alone. `progress(done, total)` counts shards. A finished data set of this config is left as it is, without a
+    look at the sources (such as text files) that it was made from.
 
     Raises:
         DataError: another data set, finished or not, is at the URL.
@@ -153,13 +154,16 @@ def make(config: MakeConfig, progress: Progress | None = None) -> str:
     """
     if not config.url:
         raise ValueError("url: is missing; say where the data set goes, such as runs/data or s3://bucket/data")
-    writer, generator, identity = _writer(config)
-    jobs = writer.shards()
+    name, generator = generator_of(config)
+    store, identity = Store(config.url, **config.store), _identity(config, name, generator)
     report = progress or (lambda done, total: None)
-    if writer.finished():
-        writer.clean()
-        report(len(jobs), len(jobs))
-        return writer.store.url
+    if (shards := finished(store, identity)) is not None:
+        clean(store)
+        report(shards, shards)
+        return store.url
+    identity["source"] = generator.source()
+    writer = Writer(store, generator.specs(), identity)
+    jobs = writer.shards()
     writer.begin()
     report(0, len(jobs))
     records: dict[tuple[str, int], dict[str, Any]] = {}

@@ -1,5 +1,6 @@
 """Several data sets as one stream, in fixed proportions."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from datamodules.module import StreamingDataModule, at_least, one_of
 from datamodules.registry import lookup
 from datamodules.store import Store
 from datamodules.stream import state as stream_state
+from datamodules.stream.cache import default_root
+from datamodules.stream.fetch import Reader
 from datamodules.stream.mixing import MixedReader, Mixture
 from datamodules.stream.stream import FiniteStream, Indices, Source, even_batches, spread
 
@@ -53,6 +56,14 @@ class MixtureConfig:
         self.sources = [{**s, "url": Store(str(s["url"])).url} if s.get("url") else s for s in self.sources]
         for i in range(len(self.sources)):
             self.source(i)
+
+    def entries(self) -> dict[str, str]:
+        """As ``StreamConfig.entries``, of all sources, but for ``source``."""
+        found: dict[str, str] = {}
+        for i in range(len(self.sources)):
+            for entry, setting in self.source(i)[2].entries().items():
+                found.setdefault(entry, setting and f"sources[{i}].{setting}")
+        return found
 
     def source(self, i: int) -> tuple[str, float, Any]:
         """(kind's name, weight, config) of source i. ``ValueError`` names the field that is wrong."""
@@ -168,8 +179,17 @@ class MixtureData(StreamingDataModule):
         return found
 
     def train_reader(self) -> Source:
-        readers = [s.reader(s.config.train, window_shards=s.config.window_shards) for s in self.sources]
-        return MixedReader(readers, self.metrics, apart=self.config.unit == "batch")
+        """Reads from all sources at once; those with one cache folder share its room, ``fetch=shards`` before others."""
+        readers: dict[int, Reader] = {}
+        taken: dict[str, int] = {}
+        for i in sorted(range(len(self.sources)), key=lambda i: self.sources[i].config.fetch != "shards"):
+            source = self.sources[i]
+            config = source.config
+            folder, shards = os.path.abspath(config.cache or default_root()), config.window_shards
+            readers[i] = source.reader(config.train, window_shards=shards, taken=taken.get(folder, 0))
+            if readers[i].cache is not None:
+                taken[folder] = taken.get(folder, 0) + source.room(readers[i].windows, shards)
+        return MixedReader([readers[i] for i in range(len(readers))], self.metrics, apart=self.config.unit == "batch")
 
     def val_dataloader(self) -> FiniteStream:
         """The validation samples of each source once, source after source, shared among the ranks."""

@@ -102,6 +102,10 @@ class StreamConfig:
         if self.fetch == "shards" and not self.cache_bytes:
             raise ValueError("fetch=shards: needs a cache; set cache_bytes, or fetch=ranges")
 
+    def entries(self) -> dict[str, str]:
+        """Batch entry, but for ``index`` -> the setting that makes it, if any. Empty: not told."""
+        return {}
+
 
 class StreamingDataModule(lightning.LightningDataModule):
     """Streams one data set to the ranks of one run.
@@ -304,26 +308,36 @@ class StreamingDataModule(lightning.LightningDataModule):
         """Reads the training samples."""
         return self.reader(self.config.train, window_shards=self.config.window_shards)
 
-    def reader(self, split: str, config: Any = None, window_shards: int = 1) -> Reader:
-        """Reads the samples of a split, ``window_shards`` shards in turn."""
+    def reader(self, split: str, config: Any = None, window_shards: int = 1, taken: int = 0) -> Reader:
+        """Reads the samples of a split, ``window_shards`` shards in turn; others need ``taken`` bytes of the same cache."""
         windows = self.windows_of(split, config)
-        cache = self._shard_cache(windows, window_shards)
+        cache = self._shard_cache(windows, window_shards, taken)
         return Reader(self.dataset, windows, cache, self.metrics, self.config.verify == "always")
 
-    def _shard_cache(self, windows: Windows, window_shards: int) -> ShardCache | None:
+    def room(self, windows: Windows, window_shards: int) -> int:
+        """Bytes of a cache in which nothing is thrown out that is still needed.
+
+        The shards in use, those of ``window_shards`` groups, and as many more: what is read ahead of the end of a window
+        lies anywhere in the next one.
+        """
+        paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
+        sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
+        return min(sum(sizes), max(sizes, default=0) * 2 * windows.touched * window_shards)
+
+    def _shard_cache(self, windows: Windows, window_shards: int, taken: int) -> ShardCache | None:
         """The cache if whole shards are to be fetched. One smaller than what is read in turn would fetch them over and over."""
         config = self.config
         if self.dataset.store.is_local or config.fetch == "ranges" or not config.cache_bytes:
             return None
-        paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
-        sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
-        needed = min(sum(sizes), max(sizes, default=0) * (window_shards + 1))
-        if needed > config.cache_bytes and config.fetch == "shards":
+        needed = self.room(windows, window_shards)
+        full = needed + taken > config.cache_bytes
+        if full and config.fetch == "shards":
+            beside = f", beside {taken} of the other sources" if taken else ""
             raise DataError(
-                f"cache_bytes={config.cache_bytes}: {window_shards} + 1 shards in use need {needed} bytes; "
-                f"raise it, lower window_shards, or set fetch=ranges"
+                f"cache_bytes={config.cache_bytes}: the shards of {window_shards} groups in use and of as many that are read "
+                f"ahead need {needed} bytes{beside}; raise it, lower window_shards, or set fetch=ranges"
             )
-        if config.fetch == "auto" and (needed > config.cache_bytes or windows.share < ENOUGH):
+        if config.fetch == "auto" and (full or windows.share < ENOUGH):
             return None
         self._cache = self._cache or ShardCache(config.cache, config.cache_bytes)
         return self._cache

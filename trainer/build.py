@@ -64,6 +64,7 @@ def check(config: RunConfig) -> None:
         for name, value in task.training_window().items():
             if name in defaults and getattr(config.data, name) not in (value, defaults[name]):
                 raise ValueError(f"data.{name}={getattr(config.data, name)}: the task reads {value}; leave it out")
+        _check_entries(config, task)
         strategy = strategies.lookup(config.strategy.name)[1]
         strategy.check(config.strategy, task.network)
         strategy.check_run(config)
@@ -75,6 +76,27 @@ def check(config: RunConfig) -> None:
                 raise ValueError(f"checkpoint.best={config.checkpoint.best}: validation gives {', '.join(names)}")
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_entries(config: RunConfig, task: Task) -> None:
+    """Refuses data whose batches have entries that the task does not read, or lack one that it needs."""
+    made: dict[str, str] = config.data.entries() if hasattr(config.data, "entries") else {}
+    if not made or not task.reads:
+        return
+    known = (*task.reads, *task.may_read)
+    for entry, setting in made.items():
+        if entry not in known:
+            raise ValueError(
+                f"data.{setting or f'name={config.data.name}'}: makes the batch entry {entry!r}, which task "
+                f"{config.task.name} does not read (it reads {', '.join(known)}); "
+                f"{'leave it out' if setting else 'choose other data'}"
+            )
+    missing = [entry for entry in task.reads if entry not in made]
+    if missing:
+        raise ValueError(
+            f"task {config.task.name}: needs the batch entry {missing[0]!r}, but data.name={config.data.name} makes "
+            f"{', '.join(made)} as it is set"
+        )
 
 
 def measure(config: RunConfig) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX_CACHE_BYTES = 256 * 2**20  # of shard indices held per array; 16 bytes a chunk
 INDEX_THREADS = 16
+Held = Callable[[str, int, int], "memoryview | None"]
 
 
 class Piece(NamedTuple):
@@ -152,15 +153,36 @@ class Array:
 
     # Shard indices
 
-    def prepare(self, shards: Iterable[int]) -> None:
-        """Read the indices of these shards concurrently, so that `plan` need not wait for them one by one."""
+    def prepare(self, shards: Iterable[int], held: Held | None = None) -> int:
+        """Read the indices of these shards concurrently, so that `plan` need not wait for them one by one.
+
+        `held(path, start, stop)` gives these bytes of an object, or None if only the store has them. Returns the bytes that
+        came from the store.
+        """
         if self.contiguous or self.spec.foreign is not None:
-            return
+            return 0
         with self._lock:
             paths = [path for path in {self.shard_path(k) for k in shards} if path not in self._indices]
+        if held is not None:
+            paths = [path for path in paths if not self._take_index(path, held)]
         if len(paths) > 1:
             with ThreadPoolExecutor(min(INDEX_THREADS, len(paths))) as pool:
                 list(pool.map(self._index, paths))
+        elif paths:
+            self._index(paths[0])
+        return len(paths) * self.spec.index_bytes
+
+    def _take_index(self, path: str, held: Held) -> bool:
+        """Keep the index of an object of which there are intact bytes elsewhere than in the store."""
+        at, size = self._index_place(path)
+        data = held(path, at, at + self.spec.index_bytes)
+        try:
+            found = None if data is None else decode_index(self.spec, bytes(data), self.store.join(path), size)
+        except DataError:  # a rotten copy
+            found = None
+        if found is not None:
+            self._keep_index(path, found)
+        return found is not None
 
     def _index(self, path: str) -> np.ndarray:
         """Index of the shard in this object, read once; a shard that was never written is all absent."""
@@ -168,24 +190,33 @@ class Array:
             found = self._indices.get(path)
         if found is None:
             found = self._read_index(path)
-            with self._lock:
-                while len(self._indices) * found.nbytes >= max(INDEX_CACHE_BYTES, found.nbytes):
-                    self._indices.pop(next(iter(self._indices)))
-                self._indices[path] = found
+            self._keep_index(path, found)
         return found
 
-    def _read_index(self, path: str) -> np.ndarray:
+    def _keep_index(self, path: str, found: np.ndarray) -> None:
+        with self._lock:
+            while len(self._indices) * found.nbytes >= max(INDEX_CACHE_BYTES, found.nbytes):
+                self._indices.pop(next(iter(self._indices)))
+            self._indices[path] = found
+
+    def _index_place(self, path: str) -> tuple[int, int]:
+        """Where the index of a shard begins in its object, and the size of that; NotFound if there is none."""
         spec = self.spec
         try:
             size = self._sizes[path] if self._sizes is not None else self.store.size(path)
         except KeyError:
             raise self.damaged(path, "not in the manifest") from None
-        except NotFound:
-            return np.full((spec.chunk_count, 2), ABSENT, np.uint64)
         if size < spec.index_bytes:
             raise self.damaged(path, f"truncated, {size} bytes are less than the shard's index")
         first = spec.foreign is not None and spec.foreign.index_first
-        at = 0 if first else size - spec.index_bytes
+        return (0 if first else size - spec.index_bytes), size
+
+    def _read_index(self, path: str) -> np.ndarray:
+        spec = self.spec
+        try:
+            at, size = self._index_place(path)
+        except NotFound:
+            return np.full((spec.chunk_count, 2), ABSENT, np.uint64)
         try:
             (data,) = self.store.read_ranges([(path, at, at + spec.index_bytes)], tags=self.tags)
         except Changed as error:

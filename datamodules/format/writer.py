@@ -47,6 +47,36 @@ def check_dimensions(specs: Mapping[str, ArraySpec]) -> None:
                 )
 
 
+def finished(store: Store, identity: Mapping[str, Any]) -> int | None:
+    """Number of shards of the whole data set at this place, None if there is none.
+
+    DataError if its identity differs from what is given of one.
+    """
+    try:
+        if not store.exists(MANIFEST):
+            return None
+    except NotFound:
+        return None
+    manifest, _ = read_manifest(store)
+    found = manifest.get("identity") or {}
+    _compare(store, {key: value for key, value in found.items() if key in identity}, identity, "the data set")
+    return sum(not str(entry["path"]).endswith(METADATA) for entry in manifest["objects"])
+
+
+def clean(store: Store) -> None:
+    """Remove the records of a finished data set and what killed writers left."""
+    store.delete_tree(PARTS)
+    store.sweep()
+
+
+def _compare(store: Store, found: Any, identity: Mapping[str, Any], what: str) -> None:
+    if found != identity:
+        raise DataError(
+            f"{store.url}: {what} there was made from another config ({first_difference(found, identity)}); "
+            "choose another url or delete it"
+        )
+
+
 class Writer:
     """Writes the shards of one data set, from one process or several.
 
@@ -65,27 +95,13 @@ class Writer:
 
     def finished(self) -> bool:
         """Whether the data set is whole; DataError if another one is at this place."""
-        try:
-            if not self.store.exists(MANIFEST):
-                return False
-        except NotFound:
-            return False
-        manifest, _ = read_manifest(self.store)
-        self._compare(manifest.get("identity"), "the data set")
-        return True
+        return finished(self.store, self.identity) is not None
 
     def begin(self) -> None:
         """Claim the place for this identity; DataError if an unfinished data set of another one is there."""
         path = f"{PARTS}/identity.json"
         if not self.store.create(path, canonical_json(self.identity)):
-            self._compare(self.store.read_json(path), "the unfinished data set")
-
-    def _compare(self, found: Any, what: str) -> None:
-        if found != self.identity:
-            raise DataError(
-                f"{self.store.url}: {what} there was made from another config ({first_difference(found, self.identity)}); "
-                "choose another url or delete it"
-            )
+            _compare(self.store, self.store.read_json(path), self.identity, "the unfinished data set")
 
     def shards(self) -> list[tuple[str, int]]:
         """All (array, shard number), in the order in which they are listed in the manifest."""
@@ -209,13 +225,8 @@ class Writer:
             }
         )
         self.store.write(MANIFEST, manifest)
-        self.clean()
+        clean(self.store)
         return hashlib.sha256(manifest).hexdigest()
-
-    def clean(self) -> None:
-        """Remove the records of a finished data set and what killed writers left."""
-        self.store.delete_tree(PARTS)
-        self.store.sweep()
 
 
 def write_dataset(

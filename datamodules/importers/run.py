@@ -11,6 +11,7 @@ import numpy as np
 
 from datamodules.format import ArraySpec, DataError, ShardEncoder, Writer, statistics
 from datamodules.format.dtypes import BFLOAT16, from_bfloat16, to_bfloat16
+from datamodules.format.writer import clean
 from datamodules.registry import lookup, names
 from datamodules.store import Store
 
@@ -18,7 +19,7 @@ from .base import FIELDS, Importer, Variable
 from .files import SourceFile, find
 from .sources import SPLITS, Sources
 
-VERSION = 1  # raised when the same files give other bytes
+VERSION = 2  # raised when the same files give other bytes
 FLOATS = ("float16", BFLOAT16, "float32", "float64")
 CHUNK_BYTES = 4096  # frames of a few bytes are put together: a chunk has 20 bytes of checksum and index
 Progress = Callable[[int, int], None]
@@ -245,7 +246,7 @@ def import_data(config: ImportConfig, progress: Progress | None = None) -> str:
         jobs = writer.shards()
         report = progress or (lambda done, total: None)
         if writer.finished():
-            writer.clean()
+            clean(writer.store)
             report(len(jobs), len(jobs))
             return writer.store.url
         work.sources.check_static()

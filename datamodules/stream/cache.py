@@ -1,7 +1,7 @@
 """A local cache of whole shards: shared by all processes of a host, bounded in bytes, least recently used leaves first.
 
 Layout: ``<root>/<fingerprint prefix>/<quoted shard path>``, ``<...>.<pid>-<n>.part`` while a download runs, and
-``<root>/locks/*``. A shard appears under its name only by an atomic rename after its checksum was verified, so a process
+``<root>/locks/*``, among them ``bound-<bytes>.<pid>-<n>``, locked for as long as a cache of that bound is in use. A shard appears under its name only by an atomic rename after its checksum was verified, so a process
 killed at any moment leaves at most a ``.part`` file and never a wrong shard. Locks are ``flock`` locks, which the kernel
 drops when their owner dies; a ``.part`` file whose lock is free is therefore left over, and is removed.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import logging
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import quote
 
 from datamodules.format import DataError
@@ -26,7 +28,9 @@ from datamodules.store import OutOfSpace, Sink
 BLOCK = 4 << 20  # bytes of one range request of a download
 PARALLEL = 8  # range requests in flight for one download
 _STRIPES = 64  # number of lock files; two shards that share one only wait for each other
+_BOUND = "bound-"
 _serial = itertools.count()
+log = logging.getLogger(__name__)
 
 
 class _Lock:
@@ -101,8 +105,11 @@ class Block:
 class ShardCache:
     """Whole shards of remote data sets as local files under ``root``, together at most ``capacity`` bytes.
 
-    Safe for several threads, ranks and runs at once.
+    Safe for several threads, ranks and runs at once. Where those that use a root at the same time have different capacities
+    the largest holds for all: a small one does not throw out what a larger one keeps.
     """
+
+    _warned = False
 
     def __init__(self, root: str, capacity: int) -> None:
         if capacity < 1:
@@ -110,12 +117,17 @@ class ShardCache:
         self.root, self.capacity = os.path.abspath(root or default_root()), capacity
         os.makedirs(os.path.join(self.root, "locks"), exist_ok=True)
         self.sweep()
+        self._announce()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.root, self.capacity)
 
     def open(self, source: Source, fingerprint: str, path: str, size: int, checksum: int) -> tuple[int | None, int]:
         """File descriptor (the caller closes it) of the shard's verified copy, and the bytes downloaded for it if it was absent.
 
-        The descriptor is ``None`` if the shard cannot fit at the moment: the shard is larger than the cache, or others' downloads fill it.
-        ``DataError`` if two downloads both fail the CRC-32 ``checksum``; ``StoreError`` if the store fails or the disk is full.
+        The descriptor is ``None`` if the shard cannot fit at the moment: the shard is larger than the cache, others' downloads
+        fill it, or the disk is full (which is logged once).
+        ``DataError`` if two downloads both fail the CRC-32 ``checksum``; ``StoreError`` if the store fails.
         """
         target = self._target(fingerprint, path)
         descriptor = self._open(target, size)
@@ -128,15 +140,22 @@ class ShardCache:
             for leftover in self._parts(target):
                 _unlink(leftover)
             for attempt in (1, 2):
-                part = self._reserve(target, size)
-                if part is None:
-                    return None, (attempt - 1) * size
+                part = None
                 try:
+                    part = self._reserve(target, size)
+                    if part is None:
+                        return None, (attempt - 1) * size
                     if self._download(source, path, size, part) == checksum:
                         os.replace(part, target)
                         return self._open(target, size), attempt * size
+                except OutOfSpace as error:
+                    if not self._warned:
+                        self._warned = True
+                        log.warning("%s; reading byte ranges from the store meanwhile", error)
+                    return None, (attempt - 1) * size
                 finally:
-                    _unlink(part)
+                    if part is not None:
+                        _unlink(part)
         raise DataError(
             f"{source.url}/{path}: corrupt: the checksum of two downloads differs from the manifest's; "
             f"delete this object and run `keel data make` again"
@@ -168,6 +187,28 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 total += entry.stat().st_size
         return total
+
+    def _announce(self) -> None:
+        """Let others know this cache's capacity while it lives."""
+        while True:
+            path = os.path.join(self.root, "locks", f"{_BOUND}{self.capacity}.{os.getpid()}-{next(_serial)}")
+            with self._lock("evict"), suppress(BlockingIOError):  # one of equal number in another container has it
+                weakref.finalize(self, _withdraw, _Lock(path, wait=False), path).atexit = False
+                return
+
+    def _bound(self) -> int:
+        """The largest capacity that somebody has announced. Call with the lock ``evict`` held."""
+        found = self.capacity
+        for entry in os.scandir(os.path.join(self.root, "locks")):
+            if not entry.name.startswith(_BOUND):
+                continue
+            try:
+                lock = _Lock(entry.path, wait=False)
+            except BlockingIOError:
+                found = max(found, int(entry.name.removeprefix(_BOUND).split(".")[0]))
+            else:  # its owner was killed
+                _withdraw(lock, entry.path)
+        return found
 
     def _target(self, fingerprint: str, path: str) -> str:
         return os.path.join(self.root, fingerprint.rpartition(":")[2][:16], quote(path, safe=""))
@@ -207,29 +248,28 @@ class ShardCache:
                     status = entry.stat()
                     found.append((status.st_mtime_ns, status.st_size, entry.path))
             shards = sorted(f for f in found if not f[2].endswith(".part"))
-            excess = sum(f[1] for f in found) + size - self.capacity
+            excess = sum(f[1] for f in found) + size - self._bound()
             if excess > sum(f[1] for f in shards):
                 return None
-            for _, length, path in shards:
-                if excess <= 0:
-                    break
+            while excess > 0:
+                _, length, path = shards.pop(0)
                 _unlink(path)
                 excess -= length
             os.makedirs(os.path.dirname(target), exist_ok=True)
             part = f"{target}.{os.getpid()}-{next(_serial)}.part"
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                _allocate(descriptor, size)
-            except OSError as error:
-                _unlink(part)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OutOfSpace(
-                        f"{self.root}: no space left for a shard of {size} bytes; free space, or lower or move the cache"
-                    ) from error
-                raise
-            finally:
-                os.close(descriptor)
-            return part
+            own = [path for _, _, path in shards if os.path.dirname(path) == os.path.dirname(target)]
+            while True:
+                try:
+                    _create(part, size)
+                    return part
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    if not own:
+                        raise OutOfSpace(
+                            f"{self.root}: no space left for a shard of {size} bytes; free space, or lower or move the cache"
+                        ) from error
+                    _unlink(own.pop(0))
 
     def _download(self, source: Source, path: str, size: int, part: str) -> int:
         """Fill ``part`` from the store, as the bytes come; returns their CRC-32."""
@@ -264,6 +304,24 @@ class ShardCache:
             yield True
         finally:
             lock.release()
+
+
+def _withdraw(lock: _Lock, path: str) -> None:
+    if lock in _Lock.held:  # not in a child, whose parent's it is
+        _unlink(path)
+        lock.release()
+
+
+def _create(part: str, size: int) -> None:
+    """A new file of ``size`` bytes, or none at all."""
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        _allocate(descriptor, size)
+    except BaseException:
+        _unlink(part)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _allocate(descriptor: int, size: int) -> None:

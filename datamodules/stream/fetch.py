@@ -100,6 +100,11 @@ class Reader:
         """Bytes of one sample in a batch."""
         return int(np.prod(self.windows.shape)) * self.windows.dtype.itemsize
 
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of one sample as they are stored, before compression."""
+        return int(np.prod(self.windows.shape)) * self.windows.array.spec.numpy_dtype.itemsize
+
     @property
     def caches(self) -> int:
         """Bytes of the cache of shards that it reads through; 0 for none."""
@@ -143,7 +148,7 @@ class Reader:
         at = self.windows.locate(samples)
         if self._direct is None or not self._fill_direct(self._direct, at, target, rows, wait):
             self._fill_ranges(at, target.data.numpy(), rows, wait)
-        self.metrics.add(samples=len(samples), used=len(samples) * self.sample_bytes)
+        self.metrics.add(samples=len(samples), used=len(samples) * self.stored_bytes)
 
     def _fill_direct(self, direct: Direct, at: Located, target: Target, rows: Ids | None, wait: bool) -> bool:
         """From files, if all of them are there and intact."""
@@ -186,7 +191,7 @@ class Reader:
         out.numpy()[slice(None) if rows is None else rows] = values
 
     def _fill_ranges(self, at: Located, out: NDArray[np.generic], rows: Ids | None, wait: bool) -> None:
-        pieces = self._pieces(at, rows)
+        pieces = self._pieces(at, rows, wait)
         blocks = coalesce(pieces, self.gap)
         for block, content in self._contents(blocks, wait):
             try:
@@ -199,14 +204,24 @@ class Reader:
         if self.dataset.store.is_local:
             self.metrics.add(fetched=sum(block.stop - block.start for block in blocks))
 
-    def _pieces(self, at: Located, rows: Ids | None) -> list[tuple[Piece, int]]:
+    def _held(self, path: str, start: int, stop: int, wait: bool) -> memoryview | None:
+        """Bytes of a shard that is a file here, valid until the thread's next read."""
+        file = self._file(path, wait)
+        content = file.read(start, stop, self._scratch) if file else None
+        if content is not None and self.dataset.store.is_local:
+            self.metrics.add(fetched=stop - start)
+        return content
+
+    def _pieces(self, at: Located, rows: Ids | None, wait: bool) -> list[tuple[Piece, int]]:
         """The pieces of each window with the row that they go to."""
         array, entries, found = self.windows.array, self.windows.entries, []
         plan = array.plan
         # Where chunks are compressed their places stand in an index in each shard: fetch those that are not known together.
         last = at.start + (entries - 1) * at.step
         shards = at.lead if array.window_axis else np.concatenate([at.start, last])
-        array.prepare(np.unique(shards // array.shard_length).tolist())
+        read = array.prepare(np.unique(shards // array.shard_length).tolist(), lambda *part: self._held(*part, wait))
+        if read:
+            self.metrics.add(fetched=read)
         where = range(len(at.start)) if rows is None else rows.tolist()
         for row, lead, start, step in zip(where, at.lead.tolist(), at.start.tolist(), at.step.tolist(), strict=True):
             index = (lead,) if array.window_axis else ()

@@ -18,8 +18,9 @@ _RECORD = struct.Struct(f"={len(SENT)}q")  # far below PIPE_BUF: each write is w
 class Metrics:
     """Counters of a stream since it was made; ``snapshot`` copies them. Thread-safe.
 
-    ``fetched``: bytes that came from the store; ``used``: bytes of the batches made; ``wait``: seconds that the consumer
-    waited for a batch; ``hits`` and ``misses``: cached shards opened and downloaded.
+    ``fetched``: bytes that came from the store, shard indices included; ``used``: bytes of the samples of the batches made,
+    in the type that they are stored in and before compression; ``wait``: seconds that the consumer waited for a batch;
+    ``hits`` and ``misses``: cached shards opened and downloaded.
 
     Worker processes of a ``DataLoader`` send what they count, but for ``wait``, through a pipe: the snapshot of the process
     that made the loader has it all, up to what a worker counted after its last batch. A copy counts from zero.

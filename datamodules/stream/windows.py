@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from datamodules.format import Array, DataError
 
+AXES = ("trajectory", "time", "channel")  # of fields, before those of space
 Ids = NDArray[np.int64]
 
 
@@ -48,6 +50,10 @@ class Windows(Protocol):
 
     @property
     def group(self) -> int: ...
+
+    @property
+    def touched(self) -> int:
+        """Shards that a group lies in, at most."""
 
     @property
     def entries(self) -> int:
@@ -115,7 +121,9 @@ class FieldWindows:
 
     def __post_init__(self) -> None:
         array, name = self.array, self.array.name
-        if array.window_axis != 1:
+        # Axes of other extents than those of the main array have names of their own, such as channel_2.
+        pairs = zip_longest(array.dimensions[:3], AXES, fillvalue="")
+        if array.window_axis != 1 or not all(a == b or a.startswith(f"{b}_") for a, b in pairs):
             raise DataError(
                 f"{name}: has axes {', '.join(array.dimensions)}; windows need trajectory, time, channel and space"
             )
@@ -179,7 +187,22 @@ class FieldWindows:
 
     @property
     def group(self) -> int:
-        return self.starts * (self.array.shard_length if self.only is None else -(-self.count // self._shards))
+        return self.starts * self._together
+
+    @property
+    def _together(self) -> int:
+        """Trajectories of a group."""
+        return self.array.shard_length if self.only is None else -(-self.count // self._shards)
+
+    @cached_property
+    def touched(self) -> int:
+        length = self.array.shard_length
+        if self.only is None:
+            return min(self._shards, 1 if self.first % length == 0 else 2)
+        shards = self.only // length
+        new = np.diff(shards, prepend=-1) != 0
+        new[:: self._together] = True  # in each group its first shard is new
+        return int(np.add.reduceat(new, np.arange(0, self.count, self._together)).max())
 
     @property
     def entries(self) -> int:
@@ -266,6 +289,11 @@ class TokenWindows:
     @property
     def group(self) -> int:
         return max(1, self.array.shard_length // self.length)
+
+    @property
+    def touched(self) -> int:
+        # Sequences begin anywhere in a shard, and each has a token of the next.
+        return min(self.array.shards, (self.group * self.length - 1) // self.array.shard_length + 2)
 
     @property
     def entries(self) -> int:

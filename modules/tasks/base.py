@@ -36,6 +36,8 @@ class Task(lightning.LightningModule, ABC):
     """
 
     config_class: ClassVar[type[Any]]
+    reads: ClassVar[tuple[str, ...]] = ()  # entries that every batch must have; () leaves them unchecked
+    may_read: ClassVar[tuple[str, ...]] = ()  # entries that a batch may have
 
     def __init__(self, network: nn.Module, config: Any) -> None:
         super().__init__()

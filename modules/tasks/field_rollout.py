@@ -58,6 +58,8 @@ class FieldRollout(Task):
     """
 
     config_class: ClassVar[type[Any]] = FieldRolloutConfig
+    reads = ("fields",)
+    may_read = ("mask",)
     config: FieldRolloutConfig
     mean: Tensor
     std: Tensor

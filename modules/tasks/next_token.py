@@ -41,6 +41,8 @@ class NextToken(Task):
     """
 
     config_class: ClassVar[type[Any]] = NextTokenConfig
+    reads = ("tokens",)
+    may_read = ("mask",)
     config: NextTokenConfig
 
     def __init__(self, network: nn.Module, config: NextTokenConfig) -> None:

@@ -31,8 +31,12 @@ def write_fields(
     per_shard: int = 3,
     splits: dict[str, list[int]] | None = None,
     level: int | None = None,
+    extra: dict[str, np.ndarray] | None = None,
 ) -> str:
-    """The values above as a data set; returns its fingerprint. Splits: all but two trajectories, one, one."""
+    """The values above as a data set; returns its fingerprint. Splits: all but two trajectories, one, one.
+
+    ``extra``: arrays with one entry for each trajectory.
+    """
     n = trajectories
     spec = ArraySpec(
         shape=(n, frames, channels, side, side),
@@ -48,7 +52,9 @@ def write_fields(
         "dt": 0.5,
         "splits": splits or {"train": [0, n - 2], "validation": [n - 2, n - 1], "test": [n - 1, n]},
     }
-    return write_dataset(url, {"fields": spec}, {"fields": field_values(n, frames, channels, side)}, attributes)
+    extra = extra or {}
+    specs = {"fields": spec} | {k: ArraySpec((n,), v.dtype.name, ("trajectory",), n) for k, v in extra.items()}
+    return write_dataset(url, specs, {"fields": field_values(n, frames, channels, side), **extra}, attributes)
 
 
 def replace_shard(url: str, k: int) -> str:

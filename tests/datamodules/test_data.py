@@ -148,7 +148,7 @@ def test_refusals_are_one_clear_line(fields: str, text: str, tmp_path: Path) -> 
     fails(ValueError, "samples=-1", lambda: fields_data(fields).advance(-1))
     fails(
         DataError,
-        "cache_bytes=100: 2 \\+ 1 shards in use need",
+        "cache_bytes=100: the shards of 2 groups in use and of as many that are read ahead need",
         lambda: _in_memory(cache_bytes=100, fetch="shards").train_dataloader(),
     )
 

@@ -223,9 +223,11 @@ def test_a_cache_with_no_room_reads_ranges(memory: str, tmp_path: Path) -> None:
     assert reader.metrics.misses == 0 and reader.metrics.fetched > 0
 
 
-def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path) -> None:
-    write_fields(memory)
-    reader = fields_reader(memory, ShardCache(str(tmp_path), 1 << 20))
+@pytest.mark.parametrize("level", [None, 1])
+def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path, level: int | None) -> None:
+    write_fields(memory, level=level)
+    cache, later = ShardCache(str(tmp_path), 1 << 20), fields_reader(memory, ShardCache(str(tmp_path), 1 << 20))
+    reader = fields_reader(memory, cache)
     stream = Stream(reader, Order(24, reader.windows.group, 2, 1), Share(8, 4), read_ahead=0)
     batches = iter(stream)
     first = [next(batches) for _ in range(6)]
@@ -238,6 +240,26 @@ def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path
     assert sorted(torch.cat([b["index"] for b in first]).tolist()) == sorted(
         torch.cat([b["index"] for b in second]).tolist()
     )
+    Store(memory).delete_tree()  # whoever comes later needs nothing but the cache
+    assert torch.equal(later.batch(first[0]["index"].numpy())["fields"], first[0]["fields"])
+    assert later.metrics.fetched == 0
+
+
+def test_indices_count_as_fetched(memory: str) -> None:
+    write_fields(memory, level=1)
+    reader = fields_reader(memory)
+    reader.batch(np.arange(9))  # one shard
+    read, index = reader.metrics.fetched, reader.windows.array.spec.index_bytes
+    reader.batch(np.arange(9))
+    assert reader.metrics.fetched == 2 * read - index
+
+
+def test_used_counts_what_is_stored(memory: str) -> None:
+    write_text(memory)  # one byte a token, eight in a batch
+    dataset = Dataset.open(memory)
+    reader = Reader(dataset, TokenWindows(dataset.main, 0, 4000, 127), None, Metrics())
+    assert reader.batch(np.arange(8))["tokens"].nbytes == 8 * 128 * 8
+    assert reader.metrics.used == 8 * 128
 
 
 def test_indices_of_compressed_shards_are_read_together(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from datamodules import make as make_module
 from datamodules.format import DataError, Dataset, verify
 from datamodules.make import MakeConfig, load, make
 from datamodules.store import OutOfSpace, Store, local
+from datamodules.text_files import TextFiles
 from tests.conftest import unavailable
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -84,6 +86,22 @@ def test_a_finished_data_set_is_left_alone(made, monkeypatch):
     before = tree(made)
     assert make(tiny(made), lambda *counts: seen.append(counts)) == made
     assert computed == [] and seen == [(9, 9)] and tree(made) == before
+
+
+def test_the_source_of_a_finished_data_set_is_not_asked(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words " * 100)
+    given = {"name": "text_files", "paths": [str(tmp_path / "a.txt")], "validation": 0.0, "test": 0.0}
+    config = MakeConfig(url=str(tmp_path / "data"), generator=given)
+    url, before = make(config), tree(tmp_path / "data")
+
+    def asked(self):
+        raise AssertionError("the source was asked")
+
+    for name in ("source", "specs", "attributes"):
+        monkeypatch.setattr(TextFiles, name, asked)
+    assert make(config) == url and tree(url) == before
+    with pytest.raises(DataError, match=r"the data set there was made from another config \(generator.seed: 0 -> 1\)"):
+        make(replace(config, seed=1))
 
 
 def test_an_interrupted_make_keeps_its_finished_shards(made, tmp_path, monkeypatch):

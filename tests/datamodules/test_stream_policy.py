@@ -15,6 +15,7 @@ import torch
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError, Dataset
+from datamodules.mixture import MixtureConfig, MixtureData
 from datamodules.store import Store, Unreachable
 from datamodules.stream.ahead import Ahead
 from datamodules.stream.buffers import KEEP, PAGE, Pool
@@ -22,9 +23,9 @@ from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
 from datamodules.stream.watch import Watch
-from datamodules.stream.windows import FieldWindows
+from datamodules.stream.windows import FieldWindows, TokenWindows
 
-from .samples import field_values, fields_reader, stream_threads, write_fields
+from .samples import field_values, fields_reader, stream_threads, write_fields, write_text
 
 FRAME = 2 * 4 * 4 * 4 + 4  # bytes with checksum
 
@@ -56,6 +57,60 @@ def test_auto_takes_shards_that_will_be_used(memory: str, tmp_path: Path, config
     assert np.array_equal(batch["fields"][0].numpy(), values[0, :2])
     assert (data.metrics.misses > 0) == cached
     assert data.metrics.used == 2 * 2 * 2 * 16 * 4
+
+
+SHARD = 3 * 7 * FRAME + 3 * 7 * 16 + 4  # bytes with their index
+
+
+@pytest.mark.parametrize(("train", "shards"), [("0:24", 4), ("1:24", 8), ("1:3", 4), ("train, nu>0", 8)])
+def test_room_for_what_is_in_use_and_what_is_next(memory: str, tmp_path: Path, train: str, shards: int) -> None:
+    """A group of a split that begins inside a shard lies in two of them."""
+    nu = np.ones(30, np.float32)
+    nu[::3] = nu[8] = nu[14] = 0  # groups of two trajectories, some of them in two shards
+    write_fields(memory, trajectories=30, extra={"nu": nu})
+    assert data_of(memory, tmp_path).dataset.objects["fields/c/0/0/0/0/0"].size == SHARD
+    for missing in (0, 1):
+        data = data_of(memory, tmp_path, train=train, cache_bytes=shards * SHARD - missing)
+        assert (data.train_reader().caches > 0) == (not missing), missing  # type: ignore[attr-defined]
+        windows = data.windows_of(train)
+        ids = np.arange(windows.samples)
+        groups = [ids[a : a + windows.group] for a in range(0, len(ids), windows.group)]
+        lead = windows.locate(ids).lead
+        assert windows.touched == max(len(np.unique(lead[group] // 3)) for group in groups)
+
+
+@pytest.mark.parametrize(("length", "touched"), [(100, 2), (1024, 2), (1025, 3), (3000, 4)])
+def test_sequences_lie_across_shards(tmp_path: Path, length: int, touched: int) -> None:
+    write_text(str(tmp_path), tokens=64 * 1024)
+    windows = TokenWindows(Dataset.open(str(tmp_path)).main, 1, 64 * 1024, length)
+    first = windows.locate(np.arange(windows.samples)).start
+    found = [
+        (first[min(a + windows.group, windows.samples) - 1] + length) // 1024 - first[a] // 1024 + 1
+        for a in range(0, windows.samples, windows.group)
+    ]
+    assert max(found) <= windows.touched == touched
+
+
+def test_sources_of_a_mixture_share_the_room(memory: str, tmp_path: Path) -> None:
+    write_fields(memory, trajectories=30)
+
+    def readers(room: int, **config: Any) -> list[bool]:
+        given = {
+            "url": memory,
+            "window_shards": 2,
+            "cache": str(tmp_path),
+            "cache_bytes": room * SHARD,
+            "train": "0:24",
+        }
+        data = MixtureData(MixtureConfig(sources=[given, given | config]), global_batch=8)
+        return [reader.cache is not None for reader in data.train_reader().readers]  # type: ignore[attr-defined]
+
+    assert readers(8) == [True, True]
+    assert readers(7) == [True, False]
+    assert readers(7, fetch="shards") == [False, True]
+    assert readers(7, cache=str(tmp_path / "other")) == [True, True]
+    with pytest.raises(DataError, match=f"need {4 * SHARD} bytes; raise it"):
+        readers(3, fetch="shards")
 
 
 def test_policies_are_checked() -> None:

@@ -205,7 +205,7 @@ def square(url: str) -> str:
     axes = ("trajectory", "time", "channel", "x")
     specs = {
         "u": ArraySpec((4, 4, 4, 4), "float32", axes, 2),
-        "p": ArraySpec((4, 4, 2, 4), "float32", ("trajectory", "time", "part", "x"), 2),
+        "p": ArraySpec((4, 4, 2, 4), "float32", ("trajectory", "time", "channel_2", "x"), 2),
         **{name: ArraySpec((4,), "float64", (name,), 4, 4) for name in ("time", "x")},
         "mu": ArraySpec((4,), "float64", ("trajectory",), 4, 4),
     }
@@ -273,6 +273,27 @@ def test_statistics_of_remote_data_are_read_once(memory: str, tmp_path: Path, mo
     monkeypatch.setattr(normalisation, "_read", None)
     again = module(memory, train="0:3", cache=str(tmp_path)).spec()
     assert (again["mean"], again["std"]) == (found["mean"], found["std"])
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("trajectory", "time", "y", "x", "channel"),
+        ("channel", "time", "trajectory", "y", "x"),
+        ("time", "trajectory", "channel", "y", "x"),
+        ("trajectory", "time"),
+        ("trajectory", "time_2", "channel"),
+    ],
+)
+def test_axes_in_another_order_are_refused(tmp_path: Path, axes: tuple[str, ...]) -> None:
+    shape = (4, 6, 3, 2, 5)[: len(axes)]
+    spec = ArraySpec(shape, "float32", axes, 2)
+    attributes = {"kind": "fields", "array": "u", "channels": ["a"], "splits": {"train": [0, 4]}}
+    write_dataset(str(tmp_path), {"u": spec}, {"u": np.zeros(shape, np.float32)}, attributes)
+    with pytest.raises(
+        DataError, match=f"has axes {', '.join(axes)}; windows need trajectory, time, channel and space"
+    ):
+        module(str(tmp_path)).train_dataloader()
 
 
 def test_channels_must_have_names(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from modules.tasks.field_rollout import FieldRollout
 from tests.helpers.runs import fno_config, lm_config
 from trainer import config as configs
 from trainer.config import ConfigError
@@ -62,6 +63,43 @@ def test_relative_urls_become_absolute_and_remote_ones_stay(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     config = configs.load(base(), ["url=runs/a"])
     assert config.url == str(tmp_path / "runs/a") and config.data.url == "s3://bucket/data"
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "message"),
+    [
+        (
+            fno_config,
+            "data.pairs=true",
+            "data.pairs=true: makes the batch entry 'lead', which task field_rollout does not",
+        ),
+        (fno_config, "data.parameters=[nu]", r"data.parameters=\['nu'\]: makes the batch entry 'nu'"),
+        (fno_config, "data.input_frames=1", "data.input_frames=1: makes the batch entry 'input'"),
+        (
+            lm_config,
+            "data.documents=true",
+            "data.documents=true: makes the batch entry 'document', which task next_token",
+        ),
+    ],
+)
+def test_data_that_the_task_does_not_read_are_refused(kind, override, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.load(kind("/tmp/run", "/tmp/data"), [override])
+
+
+def test_data_without_what_the_task_needs_are_refused(monkeypatch):
+    monkeypatch.setattr(FieldRollout, "reads", ("fields", "lead"))
+    with pytest.raises(
+        ConfigError, match=r"task field_rollout: needs the batch entry 'lead', but data.name=fields makes"
+    ):
+        configs.load(base())
+    assert configs.load(base(), ["data.pairs=true"]).data.pairs
+
+
+def test_sources_of_a_mixture_are_held_to_the_task():
+    sources = [{"url": "/a"}, {"url": "/b", "pairs": True}]
+    with pytest.raises(ConfigError, match=r"data.sources\[1\].pairs=true: makes the batch entry 'lead'"):
+        configs.load(base() | {"data": {"name": "mixture", "sources": sources}})
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_the_well(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole(dataset, "time"), np.linspace(0, 1, T), rtol=1e-7)
     assert dataset.attributes["dt"] == 0.25
     assert dataset.attributes["boundary_conditions"] == {"x": "periodic"}
-    assert dataset.attributes["source"] == {"layout": "well", "version": 1, "files": ["a.hdf5"]}
+    assert dataset.attributes["source"] == {"layout": "well", "version": 2, "files": ["a.hdf5"]}
     expected = fields.astype(np.float64)
     np.testing.assert_allclose(dataset.attributes["statistics"]["mean"], expected.mean((0, 1, 3, 4)), atol=1e-14)
     np.testing.assert_allclose(dataset.attributes["statistics"]["std"], expected.std((0, 1, 3, 4)), rtol=1e-12)
@@ -71,6 +71,31 @@ def test_pdebench_tensors_of_two_parameters(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole(dataset)[:, :, 0], np.concatenate(order))
     np.testing.assert_array_equal(whole(dataset, "beta"), [0.1] * 3 + [0.4] * 2 + [0.1] * 2 + [0.4, 0.1, 0.4])
     assert dataset.attributes["dt"] == 0.25 and dataset.attributes["channels"] == ["u"]
+
+
+@pytest.mark.parametrize(
+    ("files", "each", "expected"),
+    [
+        (10, 1, {"train": (0, 8), "validation": (8, 9), "test": (9, 10)}),
+        (40, 3, {"train": (0, 96), "validation": (96, 108), "test": (108, 120)}),
+    ],
+)
+def test_shares_are_exact_over_files_of_few_trajectories(
+    tmp_path: Path, files: int, each: int, expected: dict[str, tuple[int, int]]
+) -> None:
+    for i in range(files):
+        tensor(tmp_path / f"{i:02d}.hdf5", n=each, seed=i)
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    dataset = imported(tmp_path, tmp_path / "*.hdf5", fractions=shares)
+    assert dataset.splits == expected
+    assert len({trajectory.tobytes() for trajectory in whole(dataset)}) == files * each
+
+
+def test_a_share_without_a_trajectory_is_refused(tmp_path: Path) -> None:
+    tensor(tmp_path / "a.hdf5", n=2)
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    with pytest.raises(DataError, match=r"split validation=0\.1: gets none of the 2 trajectories"):
+        imported(tmp_path, tmp_path / "a.hdf5", fractions=shares)
 
 
 def test_pdebench_darcy(tmp_path: Path) -> None:
