@@ -29,7 +29,7 @@ from trainer.records import read_record
 
 NAME = "language_ladder"
 CONFIG = f"configs/sweeps/{NAME}.yaml"
-TIMES = 5  # the predicted run's budget over the largest of the fit: at least 4 after rounding to whole sizes
+TIMES = 4.2  # the predicted run's budget over the largest of the fit: at least 4 after rounding to whole sizes
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     keel("fit", str(sweep), "--out", str(folder / "fit"), "--target", f"{target:g}")
     if not (plan / "prediction.json").exists():
         rate = rows[0]["lr"]  # muP: one base rate at all widths
-        keel("plan", str(sweep), "--budget", f"{target:g}", "--out", str(plan), "--lr", str(rate), "--batch", "8")
+        keel("plan", str(sweep), "--budget", f"{target:g}", "--out", str(plan), "--lr", str(rate), "--batch", "4")
     run = Store(str(plan / "run"))
     if not run.exists("record.jsonl") or read_record(run)["status"] != "ok":
         begun = run.exists("config.yaml")
