@@ -205,7 +205,8 @@ def test_what_would_fit_is_found_and_does() -> None:
         assert made.fits, overrides
         assert made.config.train.global_batch == 64
         assert dataclasses.asdict(made.config.model) == dataclasses.asdict(config.model)
-    assert what_fits(config, dataclasses.replace(tight, memory=1000.0)) == []
+    alone = _config("lm", 1, "strategy.name=ddp", "train.global_batch=1")  # with few ways out
+    assert what_fits(alone, dataclasses.replace(tight, memory=1000.0)) == []
     *exact, last = _candidates(config)  # what computes other numbers comes last, and is told
     assert changes_numbers(last) and not any(map(changes_numbers, exact))
 
@@ -294,9 +295,8 @@ def test_gpu_check_fails_where_a_run_cannot_be_continued(tmp_path: Path, monkeyp
         assert gpu_check.main() == code, found
 
 
-@pytest.mark.parametrize("case", ["fsdp, bf16-true", "fsdp, muon, bad steps undone, continued"])
-def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, case: str) -> None:
-    script = BENCH.parent / "gpu_check.py"
+def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path) -> None:
+    script, case = BENCH.parent / "gpu_check.py", "fsdp, muon, bad steps undone, continued"
     command = [
         sys.executable,
         str(script),
@@ -308,5 +308,4 @@ def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, case: str
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    status = "ok, continued" if case.endswith("continued") else "ok"
-    assert f"| {case} | {status} |" in (tmp_path / "gpu.md").read_text()
+    assert f"| {case} | ok, continued |" in (tmp_path / "gpu.md").read_text()
