@@ -15,14 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.launch import (
-    EXIT_INTERRUPTED,
-    EXIT_LOST,
-    EXIT_REQUEUE,
-    EXIT_UNAVAILABLE,
-    EXIT_USER_ERROR,
-    slurm_client,
-)
+from cluster.launch import EXIT_LOST, EXIT_REQUEUE, EXIT_UNAVAILABLE, EXIT_USER_ERROR, slurm_client
 from cluster.launch.entry import PROGRESS_CODE, node_command, node_environment
 from cluster.launch.spec import JobSpec, passed
 
@@ -347,8 +340,9 @@ if [[ -n "$told" && $code != 0 && $code != {EXIT_USER_ERROR} ]]; then
     code={EXIT_REQUEUE}  # a run that is told to save while it starts cannot answer so; it has lost nothing
 elif [[ $code == {EXIT_REQUEUE} && -n "$lost" ]]; then
     note ''
-elif [[ $code == {EXIT_LOST} || $code == {EXIT_UNAVAILABLE} ]] || (( code > 128 && code != {EXIT_INTERRUPTED} )); then
-    # Nodes that were killed, or lost each other or their store, may meet again, but not for ever.
+elif [[ $code == {EXIT_LOST} || $code == {EXIT_UNAVAILABLE} ]] || {{ (( code > 128 )) && ! ended "$code"; }}; then
+    # Nodes that lost each other or their store, or were killed (one that exits so has seen its workers killed, and started
+    # them again) may meet again, but not for ever.
     if (( ${{lost:-0}} < {spec.retries} )); then code={EXIT_REQUEUE}; note "{slurm_client.LOST}$((${{lost:-0}} + 1))"; fi
 fi
 if [[ $code == {EXIT_REQUEUE} && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi

@@ -117,7 +117,8 @@ STAND_INS = {
 read -r codes < ends; sed -i 1d ends; echo >> starts; largest=0; node=0
 for code in $codes; do
     how="Exited with exit code $code"
-    (( code <= 128 )) || how=Killed
+    [[ $code != *k ]] || how=Killed
+    code=${code%k}
     (( code == 0 )) || echo "srun: error: n$node: task $node: $how" >&2
     (( code <= largest )) || largest=$code
     node=$((node + 1))
@@ -142,13 +143,14 @@ esac
         ("75 75 75 74 74 74 74", 6, 74),  # to be preempted uses nothing up
         ("74 74 75 74 74 74 74", 6, 74),  # and has saved
         ("74 74 77 74 74", 5, 74),  # nor counts what came before a commit
-        ("137 137 137 137", 3, 137),  # the node entry was killed
-        ("137 137 137,77 137 137", 5, 137),
-        ("74,137 139,74 0", 3, 0),
+        ("137k 137k 137k 137k", 3, 137),  # the node entry was killed
+        ("137", 1, 137),  # its workers were, so often as they may be
+        ("137k 137k 137k,77 137k 137k", 5, 137),
+        ("74,137k 139k,74 0", 3, 0),
         ("130", 1, 130),
         ("1", 1, 1),
         ("2,74", 1, 2),  # the others have lost the node that knows better
-        ("137,2", 1, 2),
+        ("137k,2", 1, 2),
     ],
 )
 def test_retries_are_starts_after_failures_without_a_new_commit(

@@ -81,8 +81,9 @@ if [[ -n "$told" && $code != 0 && $code != 2 ]]; then
     code=75  # a run that is told to save while it starts cannot answer so; it has lost nothing
 elif [[ $code == 75 && -n "$lost" ]]; then
     note ''
-elif [[ $code == 74 || $code == 69 ]] || (( code > 128 && code != 130 )); then
-    # Nodes that were killed, or lost each other or their store, may meet again, but not for ever.
+elif [[ $code == 74 || $code == 69 ]] || { (( code > 128 )) && ! ended "$code"; }; then
+    # Nodes that lost each other or their store, or were killed (one that exits so has seen its workers killed, and started
+    # them again) may meet again, but not for ever.
     if (( ${lost:-0} < 3 )); then code=75; note "#lost=$((${lost:-0} + 1))"; fi
 fi
 if [[ $code == 75 && -z "$cancelled" ]] && running; then scontrol requeue "$SLURM_JOB_ID"; fi
