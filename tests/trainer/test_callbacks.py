@@ -24,7 +24,8 @@ from trainer.callbacks.diagnostics import DiagnosticsLog
 from trainer.callbacks.metrics import MetricsLog
 from trainer.callbacks.progress import Progress
 from trainer.callbacks.throughput import Throughput
-from trainer.records import MetricsWriter, Row, TraceWriter, read_metrics, read_trace
+from trainer.callbacks.validation import MissedValidation
+from trainer.records import MetricsWriter, Row, TraceWriter, read_metrics, read_trace, start_attempt
 
 LR = 0.1
 
@@ -346,3 +347,18 @@ def test_progress_on_a_terminal_and_on_other_ranks(tmp_path: Path) -> None:
         log = MetricsLog(MetricsWriter(Store(str(tmp_path)), 1, rank0=rank0), every=2)
         _fit(tmp_path, 4, 1, [log, Progress(log, samples_per_step=4, stream=stream)])
         assert ("4/4" in stream.getvalue() and "loss" in stream.getvalue()) if rank0 else stream.getvalue() == ""
+
+
+def test_what_validation_was_lost_is_asked_of_the_step_that_was_really_loaded(tmp_path: Path) -> None:
+    """Not of the newest checkpoint, which may have been fallen back from."""
+    store, validated = Store(str(tmp_path)), []
+    writer = MetricsWriter(store, start_attempt(store, {}))
+    writer.extend([{"step": 4, "time": 1.0, "val/loss": 0.5}, {"step": 8, "time": 2.0, "loss": 0.5}])
+    writer.close()
+    loop = SimpleNamespace(val_loop=SimpleNamespace(run=lambda: validated.append(trainer.global_step)))
+    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop))
+    callback = MissedValidation(store, 4)
+    for step in (0, 4, 6, 8):
+        trainer.global_step = step
+        callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    assert validated == [8]

@@ -296,15 +296,6 @@ def test_a_full_disk_ends_in_one_line_and_no_commit(tmp_path, monkeypatch):
     assert committed_steps(store) == [2, 4] and latest(store) == 4
 
 
-def test_discovery_names_no_shard(tmp_path, monkeypatch):
-    """What a run's age makes longer is asked for by folders: of many ranks a listing of all is long."""
-    store, _ = committed(tmp_path)
-    (tmp_path / "step-00000009").mkdir()  # begun and not committed
-    (tmp_path / "notes").mkdir()
-    monkeypatch.setattr(Store, "list", lambda *_: pytest.fail("a listing of everything"))
-    assert committed_steps(store) == [2, 4]
-
-
 def test_two_writers_cannot_both_commit(tmp_path):
     _, checkpointer = committed(tmp_path)
     net, optimizer = make(False)

@@ -170,8 +170,12 @@ def test_sharded_averages_are_the_same(runs, strategy):
 
 def test_an_evaluation_is_of_the_weights_or_of_their_averages(runs):
     url, folder = runs["seen"], Path(runs["seen"])
-    plain, averaged = evaluate(url, split="validation"), evaluate(url, split="validation", ema=True)
-    # All that validation saw during training; what it saw at the end were the averages.
+    config = settings(url, _DATA["text"], "ddp", 1, ema_validation=True)
+    Store(url).write("config.yaml", configs.to_yaml(config).encode())
+    plain, averaged = (
+        evaluate(url, split="validation", limit=config.data.val_samples, ema=ema) for ema in (False, True)
+    )
+    # Of the samples that validation saw in training, at its end with the averages.
     validated = [row["val/loss"] for row in read_metrics(Store(url)) if "val/loss" in row]
     assert averaged["metrics"]["loss"] == pytest.approx(validated[-1], rel=1e-5) != plain["metrics"]["loss"]
     assert averaged["ema"] is True and "ema" not in plain

@@ -125,3 +125,16 @@ def test_a_rollback_takes_the_metrics_of_what_it_removes_along(tmp_path):
     assert go_back(store, Rollback(3, 0, "a test"), 1) == 2
     assert store.list("metrics") == ["metrics/step-00000001.json", "metrics/step-00000002.json"]
     assert committed_steps(store) == [1, 2]
+
+
+def test_discovery_names_no_shard(tmp_path, monkeypatch):
+    """Folders are asked for their marker: of many ranks a listing of everything is long."""
+    store, net = Store(str(tmp_path)), torch.nn.Linear(2, 2)
+    saver = Checkpointer(store)
+    for step in (2, 4):
+        saver.save(step, net, [torch.optim.SGD(net.parameters(), lr=1.0)], {}, device=torch.device("cpu"))
+    saver.wait()
+    (tmp_path / "step-00000009").mkdir()  # begun and not committed
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setattr(Store, "list", lambda *_: pytest.fail("a listing of everything"))
+    assert committed_steps(store) == [2, 4]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,10 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import fno_config, lm_config, tiny_fields, tiny_text
 from trainer import config as configs
 from trainer.callbacks.loggers import Loggers
-from trainer.callbacks.validation import MissedValidation
-from trainer.callbacks.watchdog import Watchdog
 from trainer.checkpoint import CheckpointError, committed_steps, read_manifest, verify
 from trainer.evaluation import evaluate
 from trainer.lifecycle import prepare_new, prepare_resume
-from trainer.records import MetricsWriter, read_attempts, read_metrics, read_record, read_trace, start_attempt
+from trainer.records import read_attempts, read_metrics, read_record, read_trace
 from trainer.run import fit
 
 
@@ -211,21 +208,6 @@ def told(config: configs.RunConfig, step: int) -> list[dict[str, Any]]:
     return [first, fit(config, resume=True)]
 
 
-def test_what_validation_was_lost_is_asked_of_the_step_that_was_really_loaded(tmp_path):
-    """Not of the newest checkpoint, which may have been fallen back from."""
-    store, validated = Store(str(tmp_path)), []
-    writer = MetricsWriter(store, start_attempt(store, {}))
-    writer.extend([{"step": 4, "time": 1.0, "val/loss": 0.5}, {"step": 8, "time": 2.0, "loss": 0.5}])
-    writer.close()
-    loop = SimpleNamespace(val_loop=SimpleNamespace(run=lambda: validated.append(trainer.global_step)))
-    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop))
-    callback = MissedValidation(store, 4)
-    for step in (0, 4, 6, 8):
-        trainer.global_step = step
-        callback.on_train_start(trainer, None)  # type: ignore[arg-type]
-    assert validated == [8]
-
-
 def test_damaged_checkpoints_are_fallen_back_from_and_written_again(tmp_path, data, whole):
     broken = str(tmp_path / "broken")
     config = make("fno", broken, data, *resources(2, "fsdp"), "checkpoint.keep_last=3", **RUN)
@@ -250,33 +232,6 @@ def test_a_finished_run_keeps_its_record(tmp_path, data):
     (record,) = run_distributed(train, 1, make("fno", url, data))
     assert run_distributed(train, 1, prepare_resume(url, []), True) == [record]
     assert read_record(Store(url)) == record and len(read_attempts(Store(url))) == 1
-
-
-def test_an_attempt_that_was_replaced_stops_before_it_commits(tmp_path, data):
-    url = str(tmp_path / "run")
-    config = make("fno", url, data)
-    with pytest.raises(RuntimeError, match=r"attempt 2 of the run at .* has started; this one, attempt 1, stops"):
-        run_distributed(replaced, 1, config)
-    store = Store(url)
-    assert committed_steps(store.sub("checkpoints")) == []
-    assert not store.exists("record.jsonl"), "the record is that of the attempt that goes on"
-    assert not store.exists("status/run.json") or store.read_json("status/run.json")["status"] is None
-
-
-def replaced(config: configs.RunConfig) -> None:
-    """Worker function: another attempt starts while this one trains."""
-    advance = StreamPosition.on_train_batch_end
-
-    def rival(self: StreamPosition, trainer: Any, *arguments: Any) -> None:
-        advance(self, trainer, *arguments)
-        if trainer.global_step == 2:
-            start_attempt(Store(config.url), {"resumed_from": 0})
-            (watchdog,) = (callback for callback in trainer.callbacks if isinstance(callback, Watchdog))
-            with pytest.raises(CheckpointError, match="attempt 2 of the run"):
-                watchdog.tell("it hangs")
-
-    StreamPosition.on_train_batch_end = rival  # type: ignore[method-assign]
-    fit(config)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from datamodules.position import StreamPosition
 from datamodules.store import Store
 from modules.tasks.base import Task
 from tests.helpers.distributed import run_distributed
@@ -23,9 +24,9 @@ from tests.helpers.runs import fno_config, tiny_fields
 from trainer import config as configs
 from trainer.callbacks import parity, watchdog
 from trainer.callbacks.watchdog import Watchdog, describe
-from trainer.checkpoint import committed_steps
+from trainer.checkpoint import CheckpointError, committed_steps
 from trainer.lifecycle import prepare_new
-from trainer.records import read_record
+from trainer.records import read_record, start_attempt
 from trainer.restarts import EXIT_HANG
 from trainer.run import fit
 
@@ -63,6 +64,34 @@ def test_a_hang_names_the_rank_and_the_phase_and_leaves_all_stacks(tmp_path) -> 
             recorded = json.loads((tmp_path / f"run/hangs/0001/rank-0000{rank}-collectives.json").read_text())
             assert {entry["profiling_name"] for entry in recorded["entries"]} & {"gloo:all_reduce", "gloo:barrier"}
     assert committed_steps(Store(url).sub("checkpoints")) == [4]
+
+
+def test_an_attempt_that_was_replaced_stops_before_it_commits(tmp_path) -> None:
+    url = str(tmp_path / "run")
+    config = configs.load(fno_config(url, tiny_fields(str(tmp_path / "fields"))))
+    prepare_new(config)
+    with pytest.raises(RuntimeError, match=r"attempt 2 of the run at .* has started; this one, attempt 1, stops"):
+        run_distributed(replaced, 1, config)
+    store = Store(url)
+    assert committed_steps(store.sub("checkpoints")) == []
+    assert not store.exists("record.jsonl"), "the record is that of the attempt that goes on"
+    assert not store.exists("status/run.json") or store.read_json("status/run.json")["status"] is None
+
+
+def replaced(config: configs.RunConfig) -> None:
+    """Worker function: another attempt starts while this one trains."""
+    advance = StreamPosition.on_train_batch_end
+
+    def rival(self: StreamPosition, trainer: Any, *arguments: Any) -> None:
+        advance(self, trainer, *arguments)
+        if trainer.global_step == 2:
+            start_attempt(Store(config.url), {"resumed_from": 0})
+            (watchdog,) = (callback for callback in trainer.callbacks if isinstance(callback, Watchdog))
+            with pytest.raises(CheckpointError, match="attempt 2 of the run"):
+                watchdog.tell("it hangs")
+
+    StreamPosition.on_train_batch_end = rival  # type: ignore[method-assign]
+    fit(config)
 
 
 # A Python that never gets the interpreter back: a regular expression that runs for ever in C.
