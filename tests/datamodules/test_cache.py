@@ -22,7 +22,7 @@ from datamodules.format import DataError
 from datamodules.format.crc import crc32
 from datamodules.store import OutOfSpace, Sink
 from datamodules.stream import cache as cache_module
-from datamodules.stream.cache import ShardCache, default_root
+from datamodules.stream.cache import ShardCache, Stopped, default_root
 
 SIZE = 50_000
 PIECE = 7_000
@@ -244,6 +244,21 @@ def test_the_bound_of_a_killed_process_is_forgotten(tmp_path: Path) -> None:
     fetch(cache, source, "c")
     assert files(tmp_path) == ["c"]
     assert len([p for p in (tmp_path / "locks").iterdir() if p.name.startswith("bound")]) == 1
+
+
+def test_a_download_stops_between_blocks(tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "PARALLEL", 1)
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    cache = ShardCache(str(tmp_path), 10 * SIZE)
+    with pytest.raises(Stopped):
+        cache.open(Source(), "f" * 64, "a", SIZE, crc32(content("a")), stop)
+    assert len(asked) == 3 and files(tmp_path) == []
+    assert fetch(cache, Source(), "a") == content("a")
 
 
 def test_threads_download_a_shard_once(tmp_path: Path) -> None:

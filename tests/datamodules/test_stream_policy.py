@@ -136,7 +136,7 @@ def test_first_batches_do_not_wait_for_shards(memory: str, tmp_path: Path, monke
     write_fields(memory, trajectories=10)
     gate = threading.Event()
     whole = Reader.cached
-    monkeypatch.setattr(Reader, "cached", lambda self, path: gate.wait(30) and whole(self, path))
+    monkeypatch.setattr(Reader, "cached", lambda self, path, stop: gate.wait(30) and whole(self, path))
     data = data_of(memory, tmp_path)
     batches = iter(data.train_dataloader())
     first = [next(batches)["index"] for _ in range(4)]  # read_ahead of them
@@ -147,11 +147,39 @@ def test_first_batches_do_not_wait_for_shards(memory: str, tmp_path: Path, monke
     assert 0 < data.metrics.misses <= 4
 
 
+@pytest.mark.parametrize("fetch", ["shards", "ranges"])
+def test_closing_does_not_wait_for_a_store_that_is_away(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: str
+) -> None:
+    write_fields(memory)
+    away, back, read = threading.Event(), threading.Event(), Store.read_ranges
+
+    def hangs(self: Store, *given: Any, **options: Any) -> list[bytes]:
+        if threading.current_thread() is not threading.main_thread():
+            away.set()
+            assert back.wait(60)
+        return read(self, *given, **options)
+
+    monkeypatch.setattr(Store, "read_ranges", hangs)
+    data = data_of(memory, tmp_path, fetch=fetch)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    assert away.wait(20)
+    begin = time.monotonic()
+    data.teardown()
+    assert time.monotonic() - begin < 5
+    assert stream_threads() > 0
+    back.set()
+    deadline = time.monotonic() + 20
+    while stream_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_shards_come_in_order_of_need_and_bounded() -> None:
     batches = [np.array([i // 3]) for i in range(30)]  # three batches a shard
     seen, running, lock = [], [], threading.Lock()
 
-    def download(path: str) -> None:
+    def download(path: str, stop: Any) -> None:
         with lock:
             seen.append(path)
         if path == "2":
