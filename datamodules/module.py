@@ -48,7 +48,8 @@ class StreamConfig:
         cache: folder of the local cache of remote shards; empty for ``$KEEL_CACHE`` or ``~/.cache/keel``.
         cache_bytes: bound of that cache; 0 reads byte ranges from the store each time.
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
-            the cache has room for those in use and an epoch uses at least half of their bytes.
+            the cache has room for those in use and an epoch uses at least half of their bytes. An epoch of few frames of
+            each trajectory thus reads ranges and caches nothing: name ``shards`` where there are many epochs.
         verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
             a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
             tells a shard from an intact one of another data set. What comes from a remote store is always verified.
