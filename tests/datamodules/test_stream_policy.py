@@ -6,6 +6,8 @@ import gc
 import itertools
 import threading
 import time
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -349,31 +351,7 @@ def test_nobody_waits_for_a_store_that_is_out(memory: str, tmp_path: Path, monke
     assert len(looks) >= 2
 
 
-def test_bytes_go_straight_into_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CUDA batches are torch's pinned memory; that it can be had is pretended here."""
-    write_fields(str(tmp_path))
-    reader, plain = (fields_reader(str(tmp_path)) for _ in range(2))
-    expected = plain.batch(np.array([7, 0, 3]))["fields"]
-    empty, pinned = torch.empty, set()
-
-    def pretended(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        made = empty(*size, **options)
-        if pin_memory:
-            pinned.add(made.data_ptr())
-        return made
-
-    def refused(*_: int) -> None:
-        raise AssertionError("bytes took a way round")
-
-    monkeypatch.setattr(torch, "empty", pretended)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    monkeypatch.setattr(reader._pool, "take", refused)
-    batch = reader.batch(np.array([7, 0, 3]))["fields"]
-    assert batch.data_ptr() in pinned and torch.equal(batch, expected)
-
-
-def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:
+def test_few_batches_of_memory_serve_all(tmp_path: Path) -> None:
     write_fields(str(tmp_path))
     data = FieldsData(FieldsConfig(url=str(tmp_path), frames=3), global_batch=8)
     addresses = set()
@@ -382,3 +360,28 @@ def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:
         del batch
     data.teardown()
     assert len(addresses) <= 4 + 4  # read_ahead, and those in the making and in hand
+
+
+@pytest.mark.parametrize("fetch", ["local", "shards", "ranges"])
+def test_memory_is_flat_over_epochs(memory: str, tmp_path: Path, fetch: str) -> None:
+    url = str(tmp_path / "data") if fetch == "local" else memory
+    write_fields(url, side=16)
+    data = data_of(url, tmp_path, frames=3, **({} if fetch == "local" else {"fetch": fetch}))
+    batches, alive = iter(data.train_dataloader()), []
+    size, epoch = 8 * 3 * 2 * 16 * 16 * 4, 8 * 5 // 8
+
+    def epochs(count: int) -> int:
+        """Bytes that Python and NumPy hold afterwards."""
+        alive.extend(weakref.ref(next(batches)["fields"]) for _ in range(count * epoch))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = epochs(10)  # until pools and caches are full
+        grown = epochs(20) - before
+    finally:
+        tracemalloc.stop()
+        data.teardown()
+    assert grown < 4 * size  # of the 100 batches that were made
+    assert sum(reference() is not None for reference in alive) <= 1
