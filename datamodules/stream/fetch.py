@@ -219,7 +219,8 @@ class Reader:
         # Where chunks are compressed their places stand in an index in each shard: fetch those that are not known together.
         last = at.start + (entries - 1) * at.step
         shards = at.lead if array.window_axis else np.concatenate([at.start, last])
-        read = array.prepare(np.unique(shards // array.shard_length).tolist(), lambda *part: self._held(*part, wait))
+        numbers = np.unique(shards // array.shard_length).tolist()
+        read = array.prepare(numbers, lambda path, start, stop: self._held(path, start, stop, wait))
         if read:
             self.metrics.add(fetched=read)
         where = range(len(at.start)) if rows is None else rows.tolist()
