@@ -318,12 +318,13 @@ class StreamingDataModule(lightning.LightningDataModule):
     def room(self, windows: Windows, window_shards: int) -> int:
         """Bytes of a cache in which nothing is thrown out that is still needed.
 
-        The shards in use, those of ``window_shards`` groups, and as many more: what is read ahead of the end of a window
-        lies anywhere in the next one.
+        The shards in use, those of ``window_shards`` groups, and as many more, if there are: what is read ahead of the end of
+        a window lies anywhere in the next one.
         """
         paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
         sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
-        return min(sum(sizes), max(sizes, default=0) * 2 * windows.touched * window_shards)
+        groups = min(2 * window_shards, -(-windows.samples // windows.group))
+        return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
 
     def _shard_cache(self, windows: Windows, window_shards: int, taken: int) -> ShardCache | None:
         """The cache if whole shards are to be fetched. One smaller than what is read in turn would fetch them over and over."""

@@ -64,7 +64,7 @@ def test_auto_takes_shards_that_will_be_used(memory: str, tmp_path: Path, config
 SHARD = 3 * 7 * FRAME + 3 * 7 * 16 + 4  # bytes with their index
 
 
-@pytest.mark.parametrize(("train", "shards"), [("0:24", 4), ("1:24", 8), ("1:3", 4), ("train, nu>0", 8)])
+@pytest.mark.parametrize(("train", "shards"), [("0:24", 4), ("1:24", 8), ("1:3", 1), ("0:9", 3), ("train, nu>0", 8)])
 def test_room_for_what_is_in_use_and_what_is_next(memory: str, tmp_path: Path, train: str, shards: int) -> None:
     """A group of a split that begins inside a shard lies in two of them."""
     nu = np.ones(30, np.float32)
