@@ -48,7 +48,8 @@ class StreamConfig:
         cache: folder of the local cache of remote shards; empty for ``$KEEL_CACHE`` or ``~/.cache/keel``.
         cache_bytes: bound of that cache; 0 reads byte ranges from the store each time.
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
-            the cache has room for those in use and an epoch uses at least half of their bytes.
+            the cache has room for those in use and an epoch uses at least half of their bytes. An epoch of few frames of
+            each trajectory thus reads ranges and caches nothing: name ``shards`` where there are many epochs.
         verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
             a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
             tells a shard from an intact one of another data set. What comes from a remote store is always verified.
@@ -317,12 +318,13 @@ class StreamingDataModule(lightning.LightningDataModule):
     def room(self, windows: Windows, window_shards: int) -> int:
         """Bytes of a cache in which nothing is thrown out that is still needed.
 
-        The shards in use, those of ``window_shards`` groups, and as many more: what is read ahead of the end of a window
-        lies anywhere in the next one.
+        The shards in use, those of ``window_shards`` groups, and as many more, if there are: what is read ahead of the end of
+        a window lies anywhere in the next one.
         """
         paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
         sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
-        return min(sum(sizes), max(sizes, default=0) * 2 * windows.touched * window_shards)
+        groups = min(2 * window_shards, -(-windows.samples // windows.group))
+        return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
 
     def _shard_cache(self, windows: Windows, window_shards: int, taken: int) -> ShardCache | None:
         """The cache if whole shards are to be fetched. One smaller than what is read in turn would fetch them over and over."""

@@ -88,7 +88,7 @@ TESTED = {
     "korteweg_de_vries_1d": "solitons at order 4; mass, momentum and energy",
     "wave_1d": "d'Alembert's solution with all three boundaries; energy within 1e-3; order 4",
     "navier_stokes_2d": "the Taylor-Green vortex; enstrophy lost at `-2 viscosity palinstrophy`; energy and enstrophy of "
-    "convection; order",
+    "convection; the laminar Kolmogorov flow and its balance of enstrophy; order",
     "darcy_2d": "a manufactured solution at order 2; residual below 1e-10; positive pressure; iterations free of resolution",
     "reaction_diffusion_2d": "plane waves and the limit cycle at order 4; boundedness",
     "shallow_water_2d": "Stoker's dam break; a simple wave at order 2; mass within 1e-12; symmetry",

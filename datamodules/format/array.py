@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from .errors import DataError
 from .grid import Box, cells
 from .layout import ABSENT, CHECKSUM_BYTES, ArraySpec
 from .shard import bad_chunk, decode_chunk, decode_index
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX_CACHE_BYTES = 256 * 2**20  # of shard indices held per array; 16 bytes a chunk
 INDEX_THREADS = 16
@@ -297,13 +294,3 @@ class Array:
         for piece, block in zip(pieces, blocks, strict=True):
             self.decode(piece, block, out)
         return out
-
-    def read_torch(self, index: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
-        """As `read`, but a tensor; bfloat16 stays bfloat16."""
-        import torch
-
-        if self.spec.dtype != BFLOAT16:
-            return torch.from_numpy(self.read(index, start, stop))
-        tensor = torch.empty((stop - start, *self.frame_shape), dtype=torch.bfloat16)
-        self.read(index, start, stop, out=tensor.view(torch.uint16).numpy())
-        return tensor

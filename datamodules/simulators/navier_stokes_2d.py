@@ -3,7 +3,8 @@
     w_t + u . grad w = nu lap w + f,    u = (d_y psi, -d_x psi),    -lap psi = w
 
 The set-up (domain, forcing, Gaussian random initial vorticity) is the benchmark of the Fourier neural operator
-(Li et al., arXiv 2010.08895). Pseudo-spectral in space with the 2/3 rule, Crank-Nicolson for viscosity, explicit for
+(Li et al., arXiv 2010.08895), or the Kolmogorov flow of the Markov neural operator (Li et al., arXiv 2106.06898), whose
+square of side 2 pi is the unit square here: a Reynolds number Re there is `viscosity = 1 / (4 pi^2 Re)`. Pseudo-spectral in space with the 2/3 rule, Crank-Nicolson for viscosity, explicit for
 convection. Legend of shapes: B trajectories, N points per side, K = N/2+1 stored modes of the second axis.
 """
 
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fields import Simulation, SimulationConfig, whole_steps
+from .fields import Law, Simulation, SimulationConfig, whole_steps
 from .random_fields import gaussian_random_field, wavenumbers
 
-FORCINGS = ("fno", "none")
+FORCINGS = ("fno", "kolmogorov", "none")
+KOLMOGOROV = 4  # waves of the forcing, and its amplitude
 SCHEMES = ("euler", "ab2", "heun")
 
 
@@ -29,15 +31,16 @@ SCHEMES = ("euler", "ab2", "heun")
 class NavierStokes2DConfig(SimulationConfig):
     """Data set of 2D Navier-Stokes trajectories; see `SimulationConfig` for the rest.
 
-    resolution: points per side. viscosity: nu, with lengths in box sides and times in the unit of the forcing.
-    forcing: "fno" = 0.1 (sin 2 pi (x+y) + cos 2 pi (x+y)), or "none": decaying turbulence.
+    resolution: points per side. viscosity: nu, with lengths in box sides and times in the unit of the forcing: a number for
+    all trajectories, or a range, drawn uniformly in its logarithm.
+    forcing: "fno" = 0.1 (sin 2 pi (x+y) + cos 2 pi (x+y)), "kolmogorov" = 4 cos 8 pi y, or "none": decaying turbulence.
     scheme: "euler" (that of the benchmark, first order; its dt is 1e-4), "ab2" or "heun" (second order).
     dt: time step; burn_in: time before the first frame.
     alpha, tau: spectrum of the initial vorticity, see `gaussian_random_field`.
     """
 
     resolution: int = 64
-    viscosity: float = 1e-3
+    viscosity: Any = 1e-3
     forcing: str = "fno"
     scheme: str = "ab2"
     dt: float = 1e-2
@@ -46,11 +49,18 @@ class NavierStokes2DConfig(SimulationConfig):
     tau: float = 7.0
     batch: int = 8
 
+    @property
+    def drawn(self) -> dict[str, Law]:  # type: ignore[override]
+        return {"viscosity": "log"} if isinstance(self.viscosity, list) else {}
+
     def __post_init__(self) -> None:
+        given = self.viscosity if isinstance(self.viscosity, list) else [self.viscosity]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
+            raise ValueError(f"viscosity={self.viscosity}: must be a number, or a range [low, high]")
+        if not min(given, default=1) > 0:
+            raise ValueError(f"viscosity={self.viscosity}: must be positive; the solver has no other dissipation")
         super().__post_init__()
         self.need_even("resolution")
-        if self.viscosity <= 0:
-            raise ValueError(f"viscosity={self.viscosity}: must be positive; the solver has no other dissipation")
         self.need_choice("forcing", FORCINGS)
         self.need_choice("scheme", SCHEMES)
         self.need_positive("dt")
@@ -59,7 +69,7 @@ class NavierStokes2DConfig(SimulationConfig):
 
 
 class Solver:
-    """Time stepping of a batch of vorticity fields in Fourier space, float64.
+    """Time stepping of a batch of vorticity fields in Fourier space, float64. `viscosity`: a number, or [B, 1, 1].
 
     The state is `w_hat` [B, N, K] complex: `rfft2` of the vorticity (no scaling), zero outside the 2/3 rule's modes.
     """
@@ -67,7 +77,7 @@ class Solver:
     def __init__(
         self,
         resolution: int,
-        viscosity: float,
+        viscosity: float | Tensor,
         forcing: str,
         dt: float,
         scheme: str = "ab2",
@@ -88,6 +98,9 @@ class Solver:
             x = torch.arange(n, dtype=torch.float64, device=device) / n
             phase = 2 * math.pi * (x[:, None] + x[None, :])
             self.forcing = torch.fft.rfft2(0.1 * (torch.sin(phase) + torch.cos(phase)))
+        elif forcing == "kolmogorov":
+            y = torch.arange(n, dtype=torch.float64, device=device) / n
+            self.forcing = torch.fft.rfft2(KOLMOGOROV * torch.cos(2 * math.pi * KOLMOGOROV * y).expand(n, n))
         half = 0.5 * dt * viscosity * self.laplacian
         self.implicit = 1.0 / (1.0 + half)
         self.explicit = (1.0 - half) * self.implicit
@@ -152,7 +165,7 @@ class Solver:
 
 
 class NavierStokes2D(Simulation):
-    """Generator of vorticity trajectories, array `fields` [trajectory, time, 1, x, y].
+    """Generator of vorticity trajectories, array `fields` [trajectory, time, 1, x, y], and `viscosity` [trajectory] if drawn.
 
     Trajectory i starts from the random field of its seed, see `trajectory_seed`.
     """
@@ -169,10 +182,11 @@ class NavierStokes2D(Simulation):
 
     def description(self) -> dict[str, Any]:
         c = self.config
+        one, unit = ({}, {"viscosity": "length^2/time"}) if c.drawn else ({"viscosity": c.viscosity}, {})
         return {
             "equation": "w_t + u . grad w = viscosity lap w + f; u = (psi_y, -psi_x); -lap psi = w",
-            "parameters": {"viscosity": c.viscosity, "forcing": c.forcing},
-            "units": {"length": "box side", "time": "1", "vorticity": "1/time"},
+            "parameters": {**one, "forcing": c.forcing},
+            "units": {"length": "box side", "time": "1", "vorticity": "1/time", **unit},
             "domain": {"x": [0.0, 1.0], "y": [0.0, 1.0]},
             "boundary_conditions": {"x": "periodic", "y": "periodic"},
             "solver": {"dt": c.dt, "scheme": c.scheme, "precision": "float64"},
@@ -181,6 +195,7 @@ class NavierStokes2D(Simulation):
     def solve(self, seeds: list[int]) -> Tensor:
         c = self.config
         w0 = torch.stack([gaussian_random_field(c.resolution, c.alpha, c.tau, seed) for seed in seeds])
-        solver = Solver(c.resolution, c.viscosity, c.forcing, c.dt, c.scheme, self.device)
+        viscosity = self.drawn("viscosity", seeds, 2) if c.drawn else c.viscosity
+        solver = Solver(c.resolution, viscosity, c.forcing, c.dt, c.scheme, self.device)
         first, every = (whole_steps(interval, c.dt) or 0 for interval in (c.burn_in, c.dt_save))
         return solver.run(w0.to(self.device), first, every, c.frames)[:, :, None]

@@ -11,7 +11,8 @@ from queue import SimpleQueue
 from datamodules.format import DataError
 from datamodules.store import StoreError
 
-from .prefetch import THREADS
+from .cache import Stopped
+from .prefetch import THREADS, finish
 from .windows import Ids
 
 
@@ -21,7 +22,8 @@ class Ahead:
     Args:
         batches: sample ids of the stream's batches, from where it begins.
         shards: paths and sizes of the shards that samples lie in.
-        download: makes a shard available; its failures are left to the reader that needs it.
+        download: makes a shard available, unless its second argument, asked now and then, says to stop; its failures are
+            left to the reader that needs it.
         limit: bytes of shards that may be on their way or waiting for the stream to reach them (one is always allowed).
         horizon: batches to look ahead at most.
         threads: downloads at a time.
@@ -31,7 +33,7 @@ class Ahead:
         self,
         batches: Iterator[Ids],
         shards: Callable[[Ids], Mapping[str, int]],
-        download: Callable[[str], object],
+        download: Callable[[str, Callable[[], bool]], object],
         limit: int,
         horizon: int,
         threads: int = 4,
@@ -46,7 +48,7 @@ class Ahead:
         self._threads = [
             threading.Thread(target=self._serve, name=f"{THREADS}-ahead-{i}", daemon=True) for i in range(threads)
         ]
-        self._stopping = False
+        self._stopping = threading.Event()
         for thread in self._threads:
             thread.start()
 
@@ -73,15 +75,17 @@ class Ahead:
 
     def _serve(self) -> None:
         while (path := self._jobs.get()) is not None:
-            if not self._stopping:
-                with suppress(DataError, StoreError, ValueError):
-                    self._download(path)
+            if not self._stopping.is_set():
+                with suppress(DataError, StoreError, Stopped, ValueError):
+                    self._download(path, self._stopping.is_set)
 
-    def close(self) -> None:
-        """End the threads, after the downloads in progress."""
-        self._stopping = True
+    def stop(self) -> None:
+        """Tell the threads to end, in the middle of a download, too."""
+        self._stopping.set()
         for _ in self._threads:
             self._jobs.put(None)
-        if not threading.current_thread().name.startswith(THREADS):
-            for thread in self._threads:
-                thread.join()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.stop()
+        finish(self._threads)

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,6 +67,14 @@ class _Lock:
 
 
 os.register_at_fork(after_in_child=_Lock.forget)
+
+
+class Stopped(Exception):
+    """A download was given up because nobody waits for it any more."""
+
+
+def never() -> bool:
+    return False
 
 
 class Source(Protocol):
@@ -122,12 +130,21 @@ class ShardCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.root, self.capacity)
 
-    def open(self, source: Source, fingerprint: str, path: str, size: int, checksum: int) -> tuple[int | None, int]:
+    def open(
+        self,
+        source: Source,
+        fingerprint: str,
+        path: str,
+        size: int,
+        checksum: int,
+        stop: Callable[[], bool] = never,
+    ) -> tuple[int | None, int]:
         """File descriptor (the caller closes it) of the shard's verified copy, and the bytes downloaded for it if it was absent.
 
         The descriptor is ``None`` if the shard cannot fit at the moment: the shard is larger than the cache, others' downloads
         fill it, or the disk is full (which is logged once).
-        ``DataError`` if two downloads both fail the CRC-32 ``checksum``; ``StoreError`` if the store fails.
+        ``DataError`` if two downloads both fail the CRC-32 ``checksum``; ``StoreError`` if the store fails; ``Stopped`` if
+        ``stop``, asked before each few blocks of a download, is true.
         """
         target = self._target(fingerprint, path)
         descriptor = self._open(target, size)
@@ -145,7 +162,7 @@ class ShardCache:
                     part = self._reserve(target, size)
                     if part is None:
                         return None, (attempt - 1) * size
-                    if self._download(source, path, size, part) == checksum:
+                    if self._download(source, path, size, part, stop) == checksum:
                         os.replace(part, target)
                         return self._open(target, size), attempt * size
                 except OutOfSpace as error:
@@ -271,7 +288,7 @@ class ShardCache:
                         ) from error
                     _unlink(own.pop(0))
 
-    def _download(self, source: Source, path: str, size: int, part: str) -> int:
+    def _download(self, source: Source, path: str, size: int, part: str, stop: Callable[[], bool]) -> int:
         """Fill ``part`` from the store, as the bytes come; returns their CRC-32."""
         checksum = 0
         # Blocks begin where servers cut objects, at multiples of BLOCK: one that does not costs Ceph two reads. Shards are
@@ -281,6 +298,8 @@ class ShardCache:
         descriptor = os.open(part, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for k in range(0, len(blocks), PARALLEL):
+                if stop():
+                    raise Stopped(path)
                 some = blocks[k : k + PARALLEL]
                 source.read_ranges(
                     [(path, b.start, b.start + b.size) for b in some], [b.sink(descriptor) for b in some]

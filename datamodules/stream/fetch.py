@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from datamodules.format import DataError, Dataset, Piece
 from datamodules.store import Changed, NoBucket, NotFound, ShortRead
 
 from .buffers import Pool, Rows, Slab
-from .cache import ShardCache
+from .cache import ShardCache, never
 from .direct import Direct
 from .files import File, Files, Scratch
 from .metrics import Metrics
@@ -219,7 +219,8 @@ class Reader:
         # Where chunks are compressed their places stand in an index in each shard: fetch those that are not known together.
         last = at.start + (entries - 1) * at.step
         shards = at.lead if array.window_axis else np.concatenate([at.start, last])
-        read = array.prepare(np.unique(shards // array.shard_length).tolist(), lambda *part: self._held(*part, wait))
+        numbers = np.unique(shards // array.shard_length).tolist()
+        read = array.prepare(numbers, lambda path, start, stop: self._held(path, start, stop, wait))
         if read:
             self.metrics.add(fetched=read)
         where = range(len(at.start)) if rows is None else rows.tolist()
@@ -290,11 +291,11 @@ class Reader:
         paths = [array.shard_path(k) for k in shards.tolist()]
         return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
 
-    def cached(self, path: str) -> bool:
-        """Whether a shard is a file here now; downloads it if not and if there is room."""
-        return self._file(path, wait=True) is not None
+    def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
+        """Whether a shard is a file here now; downloads it if not and if there is room. ``Stopped`` once ``stop`` says so."""
+        return self._file(path, stop=stop) is not None
 
-    def _file(self, path: str, wait: bool = True) -> File | None:
+    def _file(self, path: str, wait: bool = True, stop: Callable[[], bool] = never) -> File | None:
         """The shard as a file: the data set's own or the cached copy. ``None``: ask the store, which also tells what is wrong."""
         store, cache = self.dataset.store, self.cache
         if store.is_local:
@@ -308,7 +309,7 @@ class Reader:
         def fetch() -> File | None:
             fingerprint, fetched = self.dataset.fingerprint, 0
             if wait:
-                descriptor, fetched = cache.open(store, fingerprint, path, info.size, info.crc32)
+                descriptor, fetched = cache.open(store, fingerprint, path, info.size, info.crc32, stop)
             else:
                 descriptor = cache.held(fingerprint, path, info.size)
             self.metrics.add(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from datamodules.format import DataError
 
+from .cache import never
 from .fetch import Reader
 from .metrics import Metrics
 from .order import Order
@@ -175,6 +176,6 @@ class MixedReader:
                 found |= {f"{s}/{path}": size for path, size in self.readers[s].shard_sizes(ids).items()}
         return found
 
-    def cached(self, path: str) -> bool:
+    def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
         source, _, own = path.partition("/")
-        return self.readers[int(source)].cached(own)
+        return self.readers[int(source)].cached(own, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from itertools import islice
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 THREADS = "keel-stream"  # prefix of the names of the threads
+PATIENCE_S = 1.0  # that closing waits for threads; they are daemons, so that the program's end does not wait either
 QUICK_S = 300e-6  # work that takes less is not worth handing to a thread: they would fight for the interpreter
 
 
@@ -53,6 +54,15 @@ def _serve(work: Callable[[T], R], jobs: SimpleQueue[_Job[T, R] | None]) -> None
         del job  # while waiting for the next, this thread keeps no batch alive
 
 
+def finish(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads that were told to end, but not for those whose store does not answer: they end when it fails."""
+    if threading.current_thread().name.startswith(THREADS):
+        return  # the garbage collector may close a stream in one of its threads, which cannot wait for its own end
+    deadline = time.monotonic() + PATIENCE_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def prefetch(
     work: Callable[[T], R], items: Iterable[T], depth: int, threads: int, waited: Callable[[float], None]
 ) -> Generator[R, None, None]:
@@ -62,7 +72,7 @@ def prefetch(
     consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. While two items in a
     row took less than ``QUICK_S``, such as small batches from the page cache, all are worked on there, until one takes
     longer. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
-    threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage collected.
+    threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage collected; see ``finish``.
     """
     source = iter(items)
     jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
@@ -117,7 +127,4 @@ def prefetch(
             job.claim.acquire(blocking=False)
         for _ in pool:
             jobs.put(None)
-        # The garbage collector may run this in one of the threads themselves, which cannot wait for its own end.
-        if not threading.current_thread().name.startswith(THREADS):
-            for thread in pool:
-                thread.join()
+        finish(pool)

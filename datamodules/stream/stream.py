@@ -96,7 +96,7 @@ class Source(Protocol):
 
     def batch(self, samples: Indices, wait: bool = True) -> Batch: ...
     def shard_sizes(self, samples: Indices) -> dict[str, int]: ...
-    def cached(self, path: str) -> bool: ...
+    def cached(self, path: str, stop: Callable[[], bool]) -> bool: ...
 
 
 @dataclass
@@ -214,12 +214,17 @@ class Stream(IterableDataset[Batch]):
         try:
             yield from batches
         finally:
+            if ahead is not None:
+                ahead.stop()
             batches.close()
             if ahead is not None:
                 ahead.close()
 
     def close(self) -> None:
-        """End the threads of all iterations; a later iteration starts afresh."""
+        """End the threads of all iterations; a later iteration starts afresh.
+
+        Returns within seconds: what waits for a store that is away is left behind, and ends when its request does.
+        """
         for batches in list(self._running):
             batches.close()
         self._running.clear()

@@ -2,9 +2,9 @@
 
 Each library reads from its own environment (made on first use) data that it wrote in its own format, 16 MiB shards, in batches
 of 16, shuffled, with 2 workers (Keel: threads), in a new process each time. Cold: files out of the page cache, or an empty
-local cache in front of radosgw. Cached: the epochs after that. Repeats alternate over the libraries, so that load hits
-all alike; a ratio is one of medians. Limits of the machine, on the same bytes: `preadv` into a preallocated batch, and
-16 concurrent plain range GETs.
+local cache in front of radosgw. Cached: the epochs after that. Repeats alternate over the libraries and the limits, so that
+load hits all alike; a ratio is the median of those of the repeats. Limits of the machine, on the same bytes: `preadv` into a
+preallocated batch by one thread, and 16 concurrent plain range GETs.
 
     python scripts/bench/stream.py --quick                               # some minutes, small data
     python scripts/bench/stream.py --case fields --source local          # some of it
@@ -40,6 +40,7 @@ from datamodules.store import Store
 CEPH = ROOT / "scripts/services/ceph.sh"
 WORKER = Path(__file__).with_name("stream_worker.py")
 LIBRARIES = ("keel", "mosaicml-streaming", "litdata", "webdataset")
+LIMIT = "limit"
 TIMEOUT_S = 300.0
 
 
@@ -130,14 +131,16 @@ class Bench:
         place = self.written if source == "local" else self.uploaded
         urls = {library: place(library, case) for library in self.args.library}
         variants = [(library, "auto") for library in self.args.library]
-        if "keel" in self.args.library and source == "s3" and case.window:
-            variants.append(("keel", "shards"))
+        if "keel" in self.args.library:
+            variants += [("keel", "shards")] if source == "s3" and case.window else []
+            variants.append((LIMIT, ""))
         for repeat in range(self.args.repeats):
             turn = repeat % len(variants)
             for library, fetch in variants[turn:] + variants[:turn]:
-                self.read(case, source, library, fetch, urls[library], repeat, log)
-            if "keel" in urls:
-                self.limit(case, source, urls["keel"], repeat)
+                if library == LIMIT:
+                    self.limit(case, source, urls["keel"], repeat)
+                else:
+                    self.read(case, source, library, fetch, urls[library], repeat, log)
 
     def read(self, case: Case, source: str, library: str, fetch: str, url: str, repeat: int, log: Path) -> None:
         cache, states = (Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder)) for prefix in ("cache-", "states-"))

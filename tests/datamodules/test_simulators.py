@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -100,6 +101,36 @@ def test_forcing_is_that_of_the_benchmark():
     torch.testing.assert_close(solver.field(solver.tendency(still))[0], expected, rtol=0, atol=1e-15)
 
 
+def test_kolmogorov_flow_tends_to_its_laminar_state():
+    """f = 4 cos 8 pi y alone drives a shear flow, which convection leaves as it is: w_t = f - nu k^2 w."""
+    n, nu, dt, steps, k = 32, 1e-2, 1e-2, 40, 4 * TWO_PI
+    _, y = grid(n)
+    force = 4 * torch.cos(k * y).expand(n, n)
+    for scheme in ("euler", "ab2", "heun"):
+        solver = Solver(n, nu, "kolmogorov", dt, scheme)
+        found = advance(solver, torch.zeros(1, n, n, dtype=torch.float64), steps)[0]
+        laminar = force / (nu * k**2)
+        half = 0.5 * nu * k**2 * dt  # Crank-Nicolson's own factor, exactly
+        torch.testing.assert_close(found, laminar * (1 - ((1 - half) / (1 + half)) ** steps), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, laminar * (1 - math.exp(-nu * k**2 * dt * steps)), rtol=0, atol=2e-3)
+        torch.testing.assert_close(advance(solver, laminar[None], steps)[0], laminar, rtol=0, atol=1e-12)
+
+
+def test_kolmogorov_flow_balances_its_enstrophy():
+    """d/dt <w^2>/2 = <w f> - nu <|grad w|^2>, by Simpson's rule over a convecting flow."""
+    n, nu, dt = 32, 1e-3, 1e-3
+    solver = Solver(n, nu, "kolmogorov", dt, "heun")
+    states = [solver.transform(random_vorticity(n))]
+    stepper = solver.steps(states[0])
+    states += [next(stepper) for _ in range(200)]
+    force = solver.field(solver.forcing[None])
+    gain = torch.stack([(solver.field(s) * force).mean((-2, -1)) - 2 * nu * solver.palinstrophy(s) for s in states])
+    weights = torch.ones(201, dtype=torch.float64)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2
+    found = solver.enstrophy(states[-1]) - solver.enstrophy(states[0])
+    torch.testing.assert_close(found, (weights[:, None] * gain).sum(0) * dt / 3, rtol=1e-5, atol=0)
+
+
 def test_convection_conserves_energy_and_enstrophy():
     """The 2/3 rule removes aliasing: <psi N> = <w N> = 0 to rounding, also for a field with all modes."""
     solver = Solver(32, 1e-3, "none", 1e-2)
@@ -143,6 +174,20 @@ def test_enstrophy_decays_by_palinstrophy():
     torch.testing.assert_close(drop, integral, rtol=1e-6, atol=0)
 
 
+def test_each_trajectory_has_its_viscosity():
+    """Taylor-Green vortices of two viscosities in one batch, each as it is alone."""
+    n, dt, steps, nu = 32, 1e-2, 100, torch.tensor([1e-2, 3e-3], dtype=torch.float64)
+    x, y = grid(n)
+    w = (torch.cos(TWO_PI * x) * torch.cos(TWO_PI * y)).expand(2, n, n)
+    found = advance(Solver(n, nu[:, None, None], "none", dt), w, steps)
+    half = 0.5 * 8 * math.pi**2 * nu[:, None, None] * dt
+    torch.testing.assert_close(found, w * ((1 - half) / (1 + half)) ** steps, rtol=0, atol=1e-13)
+    w = random_vorticity(n)
+    both = advance(Solver(n, nu[:, None, None], "fno", dt), w, steps)
+    for i, one in enumerate(nu.tolist()):
+        torch.testing.assert_close(both[i], advance(Solver(n, one, "fno", dt), w, steps)[i], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("scheme,order", [("euler", 1), ("ab2", 2), ("heun", 2)])
 def test_order_of_convergence_in_time(scheme, order):
     n, w = 32, random_vorticity(32)
@@ -182,6 +227,27 @@ def test_bits_do_not_depend_on_shards_nor_threads_nor_count():
         torch.set_num_threads(threads)
 
 
+def test_a_range_of_viscosities_is_drawn_and_stored():
+    generator = NavierStokes2D(NavierStokes2DConfig(**{**TINY, "viscosity": [1e-4, 1e-2]}), 0, 10**6)
+    assert generator.specs()["viscosity"].shape == (10,) and "viscosity" in generator.attributes()["per_trajectory"]
+    drawn = generator.values("viscosity", 0)
+    assert ((drawn >= 1e-4) & (drawn <= 1e-2)).all() and len(set(drawn.tolist())) == 10
+    found = generator.values("fields", 0)
+    for i in (0, 5):
+        np.testing.assert_allclose(found[i], all_fields(viscosity=float(drawn[i]))[i], rtol=0, atol=1e-6)
+    assert np.abs(found[0] - all_fields()[0]).max() > 1e-3
+
+
+def test_one_viscosity_is_as_before_ranges():
+    generator = NavierStokes2D(NavierStokes2DConfig(**TINY), 0, 10**6)
+    assert "viscosity" not in generator.specs() and generator.attributes()["per_trajectory"] == {}
+    assert generator.attributes()["parameters"] == {"viscosity": 1e-3, "forcing": "fno"}
+    assert [f.name for f in fields(generator.config)][-8:] == [
+        "resolution", "viscosity", "forcing", "scheme", "dt", "burn_in", "alpha", "tau"
+    ]  # fmt: skip  # they identify data sets that were made before
+    np.testing.assert_array_equal(all_fields(viscosity=[1e-3, 1e-3]), all_fields())
+
+
 def test_data_sets_of_other_seeds_share_no_trajectory():
     seeds = [0, 1, 2, 2**32, 2**32 + 1]
     assert len({trajectory_seed(seed, i) for seed in seeds for i in range(100)}) == 500
@@ -202,6 +268,9 @@ def test_frames_begin_after_the_burn_in():
     [
         ({"resolution": 15}, "resolution=15"),
         ({"viscosity": 0.0}, "viscosity=0.0"),
+        ({"viscosity": [0.0, 1.0]}, r"viscosity=\[0.0, 1.0\]: must be positive"),
+        ({"viscosity": [1.0]}, r"viscosity=\[1.0\]: must be a range"),
+        ({"viscosity": "thin"}, "viscosity=thin: must be a number, or a range"),
         ({"forcing": "gravity"}, "forcing='gravity'"),
         ({"scheme": "rk9"}, "scheme='rk9'"),
         ({"dt_save": 0.12}, "dt_save=0.12: must be a whole number of steps"),

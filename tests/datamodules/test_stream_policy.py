@@ -6,6 +6,8 @@ import gc
 import itertools
 import threading
 import time
+import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def test_auto_takes_shards_that_will_be_used(memory: str, tmp_path: Path, config
 SHARD = 3 * 7 * FRAME + 3 * 7 * 16 + 4  # bytes with their index
 
 
-@pytest.mark.parametrize(("train", "shards"), [("0:24", 4), ("1:24", 8), ("1:3", 4), ("train, nu>0", 8)])
+@pytest.mark.parametrize(("train", "shards"), [("0:24", 4), ("1:24", 8), ("1:3", 1), ("0:9", 3), ("train, nu>0", 8)])
 def test_room_for_what_is_in_use_and_what_is_next(memory: str, tmp_path: Path, train: str, shards: int) -> None:
     """A group of a split that begins inside a shard lies in two of them."""
     nu = np.ones(30, np.float32)
@@ -136,7 +138,7 @@ def test_first_batches_do_not_wait_for_shards(memory: str, tmp_path: Path, monke
     write_fields(memory, trajectories=10)
     gate = threading.Event()
     whole = Reader.cached
-    monkeypatch.setattr(Reader, "cached", lambda self, path: gate.wait(30) and whole(self, path))
+    monkeypatch.setattr(Reader, "cached", lambda self, path, stop: gate.wait(30) and whole(self, path))
     data = data_of(memory, tmp_path)
     batches = iter(data.train_dataloader())
     first = [next(batches)["index"] for _ in range(4)]  # read_ahead of them
@@ -147,11 +149,39 @@ def test_first_batches_do_not_wait_for_shards(memory: str, tmp_path: Path, monke
     assert 0 < data.metrics.misses <= 4
 
 
+@pytest.mark.parametrize("fetch", ["shards", "ranges"])
+def test_closing_does_not_wait_for_a_store_that_is_away(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: str
+) -> None:
+    write_fields(memory)
+    away, back, read = threading.Event(), threading.Event(), Store.read_ranges
+
+    def hangs(self: Store, *given: Any, **options: Any) -> list[bytes]:
+        if threading.current_thread() is not threading.main_thread():
+            away.set()
+            assert back.wait(60)
+        return read(self, *given, **options)
+
+    monkeypatch.setattr(Store, "read_ranges", hangs)
+    data = data_of(memory, tmp_path, fetch=fetch)
+    batches = iter(data.train_dataloader())
+    next(batches)
+    assert away.wait(20)
+    begin = time.monotonic()
+    data.teardown()
+    assert time.monotonic() - begin < 5
+    assert stream_threads() > 0
+    back.set()
+    deadline = time.monotonic() + 20
+    while stream_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_shards_come_in_order_of_need_and_bounded() -> None:
     batches = [np.array([i // 3]) for i in range(30)]  # three batches a shard
     seen, running, lock = [], [], threading.Lock()
 
-    def download(path: str) -> None:
+    def download(path: str, stop: Any) -> None:
         with lock:
             seen.append(path)
         if path == "2":
@@ -321,31 +351,7 @@ def test_nobody_waits_for_a_store_that_is_out(memory: str, tmp_path: Path, monke
     assert len(looks) >= 2
 
 
-def test_bytes_go_straight_into_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CUDA batches are torch's pinned memory; that it can be had is pretended here."""
-    write_fields(str(tmp_path))
-    reader, plain = (fields_reader(str(tmp_path)) for _ in range(2))
-    expected = plain.batch(np.array([7, 0, 3]))["fields"]
-    empty, pinned = torch.empty, set()
-
-    def pretended(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        made = empty(*size, **options)
-        if pin_memory:
-            pinned.add(made.data_ptr())
-        return made
-
-    def refused(*_: int) -> None:
-        raise AssertionError("bytes took a way round")
-
-    monkeypatch.setattr(torch, "empty", pretended)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    monkeypatch.setattr(reader._pool, "take", refused)
-    batch = reader.batch(np.array([7, 0, 3]))["fields"]
-    assert batch.data_ptr() in pinned and torch.equal(batch, expected)
-
-
-def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:
+def test_few_batches_of_memory_serve_all(tmp_path: Path) -> None:
     write_fields(str(tmp_path))
     data = FieldsData(FieldsConfig(url=str(tmp_path), frames=3), global_batch=8)
     addresses = set()
@@ -354,3 +360,28 @@ def test_memory_is_flat_over_epochs(tmp_path: Path) -> None:
         del batch
     data.teardown()
     assert len(addresses) <= 4 + 4  # read_ahead, and those in the making and in hand
+
+
+@pytest.mark.parametrize("fetch", ["local", "shards", "ranges"])
+def test_memory_is_flat_over_epochs(memory: str, tmp_path: Path, fetch: str) -> None:
+    url = str(tmp_path / "data") if fetch == "local" else memory
+    write_fields(url, side=16)
+    data = data_of(url, tmp_path, frames=3, **({} if fetch == "local" else {"fetch": fetch}))
+    batches, alive = iter(data.train_dataloader()), []
+    size, epoch = 8 * 3 * 2 * 16 * 16 * 4, 8 * 5 // 8
+
+    def epochs(count: int) -> int:
+        """Bytes that Python and NumPy hold afterwards."""
+        alive.extend(weakref.ref(next(batches)["fields"]) for _ in range(count * epoch))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = epochs(10)  # until pools and caches are full
+        grown = epochs(20) - before
+    finally:
+        tracemalloc.stop()
+        data.teardown()
+    assert grown < 4 * size  # of the 100 batches that were made
+    assert sum(reference() is not None for reference in alive) <= 1
