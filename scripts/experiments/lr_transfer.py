@@ -204,7 +204,7 @@ def judge(source: str, names: list[str], widest: dict[str, int]) -> dict[tuple[s
 
 
 def draw(found: dict[tuple[str, str], rates.Transfer], path: Path) -> None:
-    """Loss against rate, one curve per width; stars: best rates; crosses: diverged."""
+    """Loss against rate, one curve per width; stars: best rates; crosses: diverged, or far above the best."""
     models = list(dict.fromkeys(model for model, _ in found))
     figure, axes = plt.subplots(len(models), 2, figsize=(9, 3.6 * len(models)), sharey="row", squeeze=False)
     for row, model in zip(axes, models, strict=True):
@@ -220,12 +220,8 @@ def draw(found: dict[tuple[str, str], rates.Transfer], path: Path) -> None:
                 ax.plot(cell.lr[~good], np.full((~good).sum(), top), "x", color=colour)
                 ax.plot(cell.optimum, cell.best, "*", ms=12, color=colour, mec="black", mew=0.4)
             slope = "" if verdict.line is None else f", best rate ~ width^{verdict.line.exponent:.2f}"
-            ax.set_title(
-                f"{model}, {SCHEMES[scheme]}: {'transfers' if verdict.ok else 'does not transfer'}{slope}", fontsize=9
-            )
-            ax.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(0.97 * best, 1.03 * top))
-            ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            ax.set_title(f"{model}, {SCHEMES[scheme]}{slope}", fontsize=9)
+            ax.set(xscale="log", xlabel="learning rate", ylim=(0.97 * best, 1.03 * top))
             ax.grid(alpha=0.2)
         row[0].set_ylabel(MODELS[model]["loss"])
         row[0].legend(fontsize=8)
@@ -244,6 +240,8 @@ def page(found: dict[tuple[str, str], rates.Transfer], records: list[dict[str, A
         "the widest at most 0.5 % of its loss, and at rates up to that one wider models are not worse.",
         "",
         "![loss against learning rate](lr_transfer.png)",
+        "",
+        "Stars: best rates. Crosses: diverged, or far above the best of the width.",
         "",
         "| model | parametrisation | width | parameters | best rate | 95 % interval | loss there | loss at the narrowest model's best rate |",
         "|---|---|---|---|---|---|---|---|",
