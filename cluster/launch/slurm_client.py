@@ -92,7 +92,7 @@ def comments(job_id: str) -> list[str]:
     Slurm no longer knows; a job without one has the comment ""."""
     try:
         shown = _call("scontrol", "show", "job", "-o", job_id).splitlines()
-        found = [re.search(r" Comment=(.*?)(?= \w+=|$)", line) for line in shown if line.strip()]
+        found = [re.search(r" Comment=(.*?)\s*(?= \w+=|$)", line) for line in shown if line.strip()]
         said = ["" if match is None else match[1] for match in found]
     except SlurmError as error:
         if "Invalid job id" not in str(error):

@@ -87,7 +87,7 @@ def test_a_number_that_is_somebody_elses_job_now_is_left_alone(tmp_path: Path, m
         if "7" not in words:
             raise slurm_client.SlurmError("scontrol refused: Invalid job id specified")
         comment = f" Comment={comments[-1]}" if comments[-1] else ""
-        return f"JobId=7 JobState=RUNNING AdminComment=s3://x{comment} StdErr=/y\n"
+        return f"JobId=7 JobState=RUNNING AdminComment=s3://x{comment}  StdErr=/y\n"
 
     monkeypatch.setattr(slurm_client, "_call", call)
     cluster = load({"backend": "slurm"})
@@ -127,7 +127,7 @@ exit $largest
 """,
     "scontrol": """
 case "$1" in
-show) echo "JobId=7 JobState=RUNNING Restarts=0 Comment=$(cat comment) StdErr=x" ;;
+show) echo "JobId=7 JobState=RUNNING Restarts=0 Comment=$(cat comment)  StdErr=x" ;;
 update) echo "${3#Comment=}" > comment ;;
 requeue) touch again ;;
 esac
