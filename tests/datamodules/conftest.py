@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,9 @@ def no_thread_leaks() -> Iterator[None]:
     yield
     if stream_threads():
         gc.collect()
+    deadline = time.monotonic() + 20  # closing a stream waits for its threads for a moment only
+    while stream_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert stream_threads() == 0
 
 
