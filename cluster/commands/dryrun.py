@@ -34,6 +34,13 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=5.0, metavar="GB/S", help="of the store, all ranks together (default: 5)"
     )
+    parser.add_argument(
+        "--host-memory",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="of a machine, for offloading and saves (0: not held to)",
+    )
     add_overrides(parser)
 
 
@@ -48,17 +55,22 @@ def dryrun(args: argparse.Namespace) -> int:
     if not args.bandwidth > 0:
         raise ConfigError(f"--bandwidth {args.bandwidth}: must be greater than 0")
     config = configs.load(args.config, [*args.overrides, *_resources(args, device)])
-    made = plan(config, device)
+    if not args.host_memory >= 0:
+        raise ConfigError(f"--host-memory {args.host_memory}: must be at least 0")
+    made = plan(config, device, args.host_memory * 2**30)
     show(made, args.bandwidth * 1e9)
     if made.fits:
         return 0
-    found = what_fits(config, device)
+    found = what_fits(config, device, host_memory=made.host_memory)
     ways = "; ".join(
         f"{' '.join(overrides)} ({size(other.trace.peak)}{', with other numbers' if changes_numbers(overrides) else ''})"
         for overrides, other in found
     )
+    what = f"a rank needs {size(made.trace.peak)}, {device.name} has {size(made.usable)} for tensors"
+    if not made.host_fits:
+        what = f"a machine needs {size(made.host_bytes)} of its own memory, it has {size(made.host_memory)}"
     raise ConfigError(
-        f"does not fit: a rank needs {size(made.trace.peak)}, {device.name} has {size(made.usable)} for tensors. "
+        f"does not fit: {what}. "
         + (f"What fits: {ways}" if ways else "No sharding, recomputation or micro-batch is enough: take more devices")
     )
 
@@ -93,8 +105,8 @@ def show(made: Plan, bandwidth: float) -> None:
     )
     rows = [[name, size(count), f"{count / found.peak:.0%}"] for name, count in found.memory.items() if count]
     rows.append(["peak", size(found.peak), f"{found.peak / made.usable:.0%} of {size(made.usable)} usable"])
-    if found.host_bytes:
-        rows.append(["in the host's memory", size(found.host_bytes), ""])
+    if made.host_bytes:
+        rows.append(["in the memory of a machine", size(made.host_bytes), ""])
     print_table([f"memory per rank, at the peak ({found.phase})", "size", "share"], rows)
     if found.by_arithmetic:
         print("Shares of ZeRO are calculated, activations traced.\n")

@@ -21,7 +21,7 @@ from trainer import config as configs
 from trainer.planning import simulate
 from trainer.planning.advice import _candidates, changes_numbers, what_fits
 from trainer.planning.devices import TABLE, find, recognise
-from trainer.planning.estimate import ATTAINABLE, plan, sent_bytes, speed
+from trainer.planning.estimate import ATTAINABLE, Plan, plan, sent_bytes, speed
 from trainer.planning.fake import fake_world
 from trainer.planning.simulate import Trace, trace
 from trainer.planning.tracking import FORWARD, Route, Tracker, Traffic
@@ -157,6 +157,15 @@ def test_zero_divides_what_its_stage_says() -> None:
         _config("lm", world, "strategy.name=deepspeed", "strategy.stage=3", "strategy.offload_optimizer=true")
     )
     assert offloaded.memory["optimiser"] == 0 and offloaded.host_bytes == stages[2].memory["optimiser"]
+
+
+def test_the_memory_of_machines_is_held_to_where_it_is_known() -> None:
+    config = _config("lm", 4, "checkpoint.background=true")
+    traced = Trace(memory={"parameters": 1}, host_bytes=1000, checkpoint_bytes=4000)
+    made = Plan(config, TABLE["h100"], traced)
+    assert made.host_bytes == config.resources.processes_per_node * (1000 + 4000 / config.resources.world_size)
+    assert made.fits and not dataclasses.replace(made, host_memory=made.host_bytes).fits
+    assert dataclasses.replace(made, host_memory=2 * made.host_bytes).fits
 
 
 def test_planned_memory_is_the_measured_one_within_a_tenth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

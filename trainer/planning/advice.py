@@ -13,7 +13,9 @@ from trainer.schema import RunConfig
 log = logging.getLogger("keel.dryrun")
 
 
-def what_fits(config: RunConfig, device: Device, enough: int = 2) -> list[tuple[list[str], Plan]]:
+def what_fits(
+    config: RunConfig, device: Device, enough: int = 2, host_memory: float = 0.0
+) -> list[tuple[list[str], Plan]]:
     """(overrides, plan) of up to `enough` changes with which `config` fits on `device`, the mildest first.
 
     Batch, model and steps stay; a change of the precision, which changes the numbers (see `changes_numbers`), comes last.
@@ -22,7 +24,7 @@ def what_fits(config: RunConfig, device: Device, enough: int = 2) -> list[tuple[
     found: list[tuple[list[str], Plan]] = []
     for overrides in _candidates(config):
         try:
-            made = plan(changed(config, overrides), device)
+            made = plan(changed(config, overrides), device, host_memory)
         except (ValueError, RuntimeError) as error:  # not possible with this model, world or batch
             log.debug("%s: %s", overrides, error)
             continue

@@ -26,13 +26,27 @@ _SENT = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-al
 
 @dataclass
 class Plan:
-    """What a run needs on `device`, per rank; times in seconds, of one optimiser step."""
+    """What a run needs on `device`, per rank; times in seconds, of one optimiser step. `host_memory` of a machine in bytes; 0
+    where it is not known, and then nothing is held to it."""
 
     config: RunConfig
     device: Device
     trace: Trace
     compute_seconds: float = 0.0
     route_seconds: dict[Route, float] = field(default_factory=dict)
+    host_memory: float = 0.0
+
+    @property
+    def host_bytes(self) -> float:
+        """Of a machine's own memory: what is offloaded, and the copy from which a save in the background is written."""
+        copied = (
+            self.trace.checkpoint_bytes / self.config.resources.world_size if self.config.checkpoint.background else 0
+        )
+        return (self.trace.host_bytes + copied) * self.config.resources.processes_per_node
+
+    @property
+    def host_fits(self) -> bool:
+        return not self.host_memory or self.host_bytes <= self.host_memory * (1 - RESERVE)
 
     @property
     def usable(self) -> float:
@@ -42,7 +56,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.trace.peak <= self.usable
+        return self.trace.peak <= self.usable and self.host_fits
 
     @property
     def blocking_seconds(self) -> float:
@@ -78,13 +92,13 @@ class Plan:
         return self.trace.checkpoint_bytes / bandwidth
 
 
-def plan(config: RunConfig, device: Device) -> Plan:
-    """Traces a step of `config` on its `resources` and says what it needs on `device`.
+def plan(config: RunConfig, device: Device, host_memory: float = 0.0) -> Plan:
+    """Traces a step of `config` on its `resources` and says what it needs on `device` (and of a machine's `host_memory`).
 
     Raises:
         RuntimeError: as `simulate.trace`.
     """
-    made = Plan(config, device, trace(config, accelerator=device.per_node > 1))
+    made = Plan(config, device, trace(config, accelerator=device.per_node > 1), host_memory=host_memory)
     made.compute_seconds = compute_seconds(made.trace, device)
     made.route_seconds = {
         route: sent_bytes(route, traffic) / (speed(route, device) * ATTAINABLE)
