@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from tests.conftest import unavailable
+from trainer import distributed
 from trainer.checkpoint import CheckpointError, CorruptCheckpoint, loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,10 @@ TRAPS = {
     "the second call of configure_model shards twice": (
         "../modules/test_task_base.py::test_fit_and_validate_with_lightning_in_one_process"
     ),
+    "saves beside training need a group for host memory, next to NCCL": "test_traps.py::test_a_group_for_the_host_too",
+    "the one who queues a job again is killed with it, before the save is complete": (
+        "../cluster/test_slurm_run.py::test_a_run_survives_what_slurm_does_to_it_bit_for_bit"
+    ),
     "the metadata of a stock checkpoint is unpickled": "test_checkpoint.py::test_code_in_a_checkpoint_is_not_run",
 }
 
@@ -103,3 +108,12 @@ def test_deepspeed_lies_on_the_device_of_its_accelerator(monkeypatch: pytest.Mon
     assert strategy.root_device == torch.device("cuda", 1)
     strategy._accelerator = object.__new__(CPUAccelerator)
     assert strategy.root_device == torch.device("cpu", 1)
+
+
+def test_a_group_for_the_host_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend))
+    for accelerator in ("cuda", "cpu"):
+        distributed.init_process_group(accelerator, 60)
+    assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
