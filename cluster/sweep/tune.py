@@ -13,21 +13,19 @@ import importlib
 import inspect
 import logging
 import os
-import signal
-import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.launch import EXIT_LOST, EXIT_USER_ERROR, available_cores
+from cluster.launch import available_cores
 from cluster.sweep import tune_trial
-from cluster.sweep.packed import driver_words, share
+from cluster.sweep.packed import share
 from cluster.sweep.stopping import prune
 from cluster.sweep.suggest import Source, Suggested, TableRows
 from cluster.sweep.sweep import Sweep
 from cluster.sweep.table import Row
+from cluster.sweep.tune_packs import packs
 from datamodules.store import Store
 
 SCHEDULERS = {
@@ -35,8 +33,6 @@ SCHEDULERS = {
     "hyperband": "ray.tune.schedulers:AsyncHyperBandScheduler",  # with several brackets
     "median": "ray.tune.schedulers:MedianStoppingRule",
 }
-_POLL_S = 0.25
-_TELL_S = 5.0
 _DEFAULTS: dict[str, dict[str, Any]] = {"hyperband": {"brackets": 3}}
 
 
@@ -76,7 +72,7 @@ class Tune:
             return
         self._connect()
         if sweep.options["executor"] == "packed":
-            share(sweep, self._slots(), lambda count: self._packs(sweep, count))
+            share(sweep, self._slots(), lambda count: packs(sweep, count))
             return
         from ray import tune
 
@@ -104,38 +100,6 @@ class Tune:
                 ),
             )
             tuner.fit()
-
-    def _packs(self, sweep: Sweep, count: int) -> list[int]:
-        """Many tiny cells per actor: each is a driver of its own, which claims what it does. Their exit codes."""
-        import ray
-
-        remote = ray.remote(tune_trial.Process).options(num_cpus=1)
-        packs: list[Any] = [remote.remote(driver_words(sweep), {"OMP_NUM_THREADS": "1"}) for _ in range(count)]
-        codes: dict[int, int] = {}
-        told, look = False, 0.0
-        try:
-            while len(codes) < count:
-                for i in [i for i in range(count) if i not in codes]:
-                    try:
-                        if sweep.over and not told:
-                            packs[i].tell.remote(signal.SIGTERM)
-                        code = ray.get(packs[i].poll.remote())
-                        if code is not None:
-                            codes[i] = code
-                        if code == EXIT_USER_ERROR:
-                            print(ray.get(packs[i].said.remote()), file=sys.stderr, flush=True)
-                    except ray.exceptions.RayActorError:  # its node was lost: another pack does what it had
-                        codes[i] = EXIT_LOST
-                told = sweep.over
-                if time.monotonic() > look:
-                    done, look = len(sweep.results.rows), time.monotonic() + _TELL_S
-                    if len(sweep.results.refresh()) > done:
-                        print(f"{len(sweep.results.rows):,} of {len(sweep.table.rows):,} rows", flush=True)
-                time.sleep(_POLL_S)
-        finally:
-            for pack in packs:
-                ray.kill(pack)
-        return list(codes.values())
 
     def _slots(self) -> int:
         import ray
