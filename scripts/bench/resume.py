@@ -8,6 +8,7 @@
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -131,15 +132,11 @@ def resume_parts(url: str, steps: int, repeats: int) -> dict[str, float]:
     for repeat in range(repeats):
         times = f"{url}-times-{repeat}"
         environment = {**os.environ, TIMES: times, "OMP_NUM_THREADS": "1"}
+        config_file = Path(url, "config.yaml")  # one more step, as if the run had been stopped before it
+        longer = re.sub(r"max_steps: \d+", f"max_steps: {steps + repeat + 1}", config_file.read_text())
+        config_file.write_text(longer)
         start = time.time()
-        command = [
-            sys.executable,
-            str(Path(__file__)),
-            "--launcher",
-            "resume",
-            url,
-            f"train.max_steps={steps + repeat + 1}",
-        ]
+        command = [sys.executable, str(Path(__file__)), "--launcher", "resume", url]
         subprocess.run(command, check=True, env=environment, timeout=180, stdout=subprocess.DEVNULL)
         last = start
         with open(times) as file:
