@@ -83,7 +83,17 @@ def _commit() -> str:
 
 def _without_paths(arguments: list[str]) -> list[str]:
     kept = list(arguments)
-    for option in ("--json", "--markdown", "--folder", "--rows", "--out", "--docs", "--transformer-data", "--fno-data"):
+    for option in (
+        "--json",
+        "--markdown",
+        "--folder",
+        "--data",
+        "--rows",
+        "--out",
+        "--docs",
+        "--transformer-data",
+        "--fno-data",
+    ):
         if option in kept:
             at = kept.index(option)
             del kept[at : at + 2]
