@@ -185,7 +185,7 @@ def assemble(parts: Parts) -> Watch:
     if judged is not None:
         watch.pruning = Pruning(judged, parts.store, metrics, lambda: mean(watch.losses))
         callbacks.append(watch.pruning)
-    if config.train.val_every:
+    if config.train.val_every and parts.strategy.parent is None:  # the step that a branch begins at is its parent's
         callbacks.append(MissedValidation(parts.store, config.train.val_every))
     if config.log.progress and rank == 0:
         callbacks.append(

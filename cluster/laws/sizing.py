@@ -30,7 +30,8 @@ def sized(
     """A config like `base` with about `n` parameters that sees about `d(actual parameters)` tokens or samples.
 
     Width grows in whole heads where the model has heads, and depth with it, so that heads and aspect ratio stay; a model
-    without heads, or whose model.depth is given in `more`, grows in width alone. Warm-up, decay and the time between validations keep their parts of the run.
+    without heads, or whose model.depth is given in `more`, grows in width alone. Warm-up, decay and the time between
+    validations keep their parts of the run.
 
     Args:
         base: raw config of a run.

@@ -57,8 +57,8 @@ class Suggested:
     """Rows that a searcher of Tune suggests, `random.samples` in all, from the axes of `random`.
 
     Suggestions become rows of the table like any others, by a log that all drivers append to on the condition that nobody
-    else has: so none is lost, and together they make as many as were asked for. A new driver tells a fresh searcher the results that there are,
-    so the searcher's own state may be lost. A run that diverged counts as an infinite loss.
+    else has: so none is lost, and together they make as many as were asked for. A new driver tells a fresh searcher the
+    results that there are, so the searcher's own state may be lost. A run that diverged counts as an infinite loss.
     """
 
     def __init__(self, sweep: Sweep) -> None:

@@ -2,10 +2,11 @@
 
     w_t + u . grad w = nu lap w + f,    u = (d_y psi, -d_x psi),    -lap psi = w
 
-The set-up (domain, forcing, Gaussian random initial vorticity) is the benchmark of the Fourier neural operator
-(Li et al., arXiv 2010.08895), or the Kolmogorov flow of the Markov neural operator (Li et al., arXiv 2106.06898), whose
-square of side 2 pi is the unit square here: a Reynolds number Re there is `viscosity = 1 / (4 pi^2 Re)`. Pseudo-spectral in space with the 2/3 rule, Crank-Nicolson for viscosity, explicit for
-convection. Legend of shapes: B trajectories, N points per side, K = N/2+1 stored modes of the second axis.
+The set-up (domain, forcing, Gaussian random initial vorticity) is the benchmark of the Fourier neural operator (Li et
+al., arXiv 2010.08895), or the Kolmogorov flow of the Markov neural operator (Li et al., arXiv 2106.06898), whose square
+of side 2 pi is the unit square here: a Reynolds number Re there is `viscosity = 1 / (4 pi^2 Re)`. Pseudo-spectral in
+space with the 2/3 rule, Crank-Nicolson for viscosity, explicit for convection. Legend of shapes: B trajectories, N points
+per side, K = N/2+1 stored modes of the second axis.
 """
 
 from __future__ import annotations

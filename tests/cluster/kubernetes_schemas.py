@@ -6,12 +6,14 @@ A Job inside one is checked as `batch/v1`, and a pod's template as `v1`, by `kub
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 
-from cluster.launch.spec import JobSpec
+from cluster.launch.spec import CodeSpec
+from tests.helpers.jobs import FNO
 
 Schema = dict[str, Any]
 VERSION = "1.33"
@@ -31,19 +33,8 @@ def _one_of(*values: str) -> Schema:
     return {"enum": list(values)}
 
 
-BASE = JobSpec(
-    name="fno",
-    command=("trainer", "fit", "s3://bucket/runs/fno"),
-    run_url="s3://bucket/runs/fno",
-    nodes=2,
-    processes=8,
-    accelerators=8,
-    cpus=96,
-    memory_gib=512,
-    time_limit_s=4 * 3600,
-    env={"NCCL_DEBUG": "WARN", "NOTE": "it's $(HOME)"},
-    image="ghcr.io/you/keel:1",
-    retries=3,
+BASE = dataclasses.replace(
+    FNO, env={"NCCL_DEBUG": "WARN", "NOTE": "it's $(HOME)"}, code=CodeSpec(), image="ghcr.io/you/keel:1"
 )
 
 STRING: Schema = {"type": "string", "minLength": 1}

@@ -22,6 +22,7 @@ from cluster.launch.code import ROOT
 from cluster.launch.ray import Ray, check_room
 from cluster.launch.ray_plan import Plan
 from cluster.launch.spec import CodeSpec, JobSpec
+from tests.helpers.jobs import FNO
 from tests.helpers.ray import CPUS, RayCluster
 from tests.helpers.slurm import wait_until
 
@@ -285,20 +286,6 @@ def test_whoever_has_no_token_or_another_ray_is_told(
 
 # ------------------------------------------------------------------------------------------------------------ rendering
 GOLDEN = Path(__file__).parent / "golden"
-BASE = JobSpec(
-    name="fno",
-    command=("trainer", "fit", "s3://bucket/runs/fno"),
-    run_url="s3://bucket/runs/fno",
-    nodes=2,
-    processes=8,
-    accelerators=8,
-    cpus=96,
-    memory_gib=512,
-    time_limit_s=4 * 3600,
-    env={"NCCL_DEBUG": "WARN", "NOTE": "it's a test"},
-    code=CodeSpec("path", "/shared/keel"),
-    retries=3,
-)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "path": ({"setup": ["module load cuda", "source /opt/venv/bin/activate"]}, {"pass_env": ("AWS_*",)}),
     "elastic": (
@@ -323,7 +310,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_submitted_is_rendered_as_the_golden_files_say(name: str) -> None:
     cluster, fields = CASES[name]
-    text = open_backend(load({"backend": "ray", **cluster})).render(dataclasses.replace(BASE, **fields))
+    text = open_backend(load({"backend": "ray", **cluster})).render(dataclasses.replace(FNO, **fields))
     path = GOLDEN / f"ray_{name}.yaml"
     if os.environ.get("KEEL_GOLDEN") == "write":
         path.write_text(text)
@@ -349,14 +336,14 @@ def test_what_is_submitted_is_rendered_as_the_golden_files_say(name: str) -> Non
 )
 def test_impossible_jobs_are_refused(section: dict, fields: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        open_backend(load({"backend": "ray", "ray": section})).render(dataclasses.replace(BASE, **fields))
+        open_backend(load({"backend": "ray", "ray": section})).render(dataclasses.replace(FNO, **fields))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize(("selector", "values"), [("a", "a"), ("!a", "bc"), ("in(a, b)", "ab"), ("!in(a,b)", "c")])
 def test_labels_select_as_in_ray(selector: str, values: str) -> None:
     plan = open_backend(load({"backend": "ray", "ray": {"labels": {"zone": selector}}})).plan(
-        dataclasses.replace(BASE, nodes=1, accelerators=0, memory_gib=0, cpus=1)
+        dataclasses.replace(FNO, nodes=1, accelerators=0, memory_gib=0, cpus=1)
     )
     fits = []
     for value in "abc":

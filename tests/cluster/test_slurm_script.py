@@ -16,24 +16,11 @@ from cluster.launch import slurm_client
 from cluster.launch.base import open_backend
 from cluster.launch.cluster_config import load
 from cluster.launch.job import JobFile, read_job, write_job
-from cluster.launch.spec import CodeSpec, JobSpec, to_dict
+from cluster.launch.spec import CodeSpec, to_dict
 from datamodules.store import Store
+from tests.helpers.jobs import FNO
 
 GOLDEN = Path(__file__).parent / "golden"
-BASE = JobSpec(
-    name="fno",
-    command=("trainer", "fit", "s3://bucket/runs/fno"),
-    run_url="s3://bucket/runs/fno",
-    nodes=2,
-    processes=8,
-    accelerators=8,
-    cpus=96,
-    memory_gib=512,
-    time_limit_s=4 * 3600,
-    env={"NCCL_DEBUG": "WARN", "NOTE": "it's a test"},
-    code=CodeSpec("path", "/shared/keel"),
-    retries=3,
-)
 VENV = {"setup": ["module load cuda", "source /opt/venv/bin/activate"], "slurm": {"partition": "gpu", "account": "ops"}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "venv": (VENV, {}),
@@ -68,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_scripts_are_rendered_as_the_golden_files_say(name: str, tmp_path: Path) -> None:
     cluster, fields = CASES[name]
-    script = open_backend(load({"backend": "slurm", **cluster})).render(dataclasses.replace(BASE, **fields))
+    script = open_backend(load({"backend": "slurm", **cluster})).render(dataclasses.replace(FNO, **fields))
     path = GOLDEN / f"slurm_{name}.sh"
     if os.environ.get("KEEL_GOLDEN") == "write":
         path.write_text(script)
@@ -94,8 +81,8 @@ def test_a_number_that_is_somebody_elses_job_now_is_left_alone(tmp_path: Path, m
     run = Store(str(tmp_path / "run"))
 
     def job_file(job_id: str) -> JobFile:
-        write_job(dataclasses.replace(BASE, run_url=run.url), cluster, job_id)
-        run.write_json("job.json", {**run.read_json("job.json"), "spec": to_dict(BASE)})
+        write_job(dataclasses.replace(FNO, run_url=run.url), cluster, job_id)
+        run.write_json("job.json", {**run.read_json("job.json"), "spec": to_dict(FNO)})
         job = read_job(run)
         assert job is not None
         return job
@@ -162,7 +149,7 @@ def test_retries_are_starts_after_failures_without_a_new_commit(
         (tmp_path / name).write_text(f"#!/bin/bash{text}")
         (tmp_path / name).chmod(0o755)
     backend = open_backend(load({"backend": "slurm"}))
-    script = backend.render(dataclasses.replace(BASE, nodes=1, retries=2))
+    script = backend.render(dataclasses.replace(FNO, nodes=1, retries=2))
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     again = True
     while again:
@@ -178,7 +165,7 @@ def test_retries_are_starts_after_failures_without_a_new_commit(
 @pytest.mark.parametrize(("container", "option"), [("pyxis", "--container-mounts="), ("apptainer", "--bind ")])
 def test_a_container_sees_the_code_of_a_shared_folder(container: str, option: str) -> None:
     backend = open_backend(load({"backend": "slurm", "slurm": {"container": container, "mounts": ["/data"]}}))
-    script = backend.render(dataclasses.replace(BASE, image="docker://keel"))
+    script = backend.render(dataclasses.replace(FNO, image="docker://keel"))
     (mounts,) = re.findall(re.escape(option) + r"(\S+)", script)
     assert mounts.removeprefix("/tmp:/tmp,") == "/shared/keel:/shared/keel,/data"
 
@@ -203,5 +190,5 @@ def test_a_container_sees_the_code_of_a_shared_folder(container: str, option: st
 )
 def test_impossible_jobs_are_refused(section: dict, fields: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        open_backend(load({"backend": "slurm", "slurm": section})).render(dataclasses.replace(BASE, **fields))
+        open_backend(load({"backend": "slurm", "slurm": section})).render(dataclasses.replace(FNO, **fields))
     assert message in str(error.value)

@@ -14,7 +14,14 @@ from trainer.lifecycle import prepare_new, prepare_resume
 from trainer.records import read_attempts, read_metrics, read_record
 from trainer.run import fit
 
-LONG = ["strategy.name=ddp", "data.threads=1", "train.ema_decay=0.5", "schedule.warmup_steps=2", "checkpoint.every=3"]
+LONG = [
+    "strategy.name=ddp",
+    "data.threads=1",
+    "train.ema_decay=0.5",
+    "schedule.warmup_steps=2",
+    "checkpoint.every=3",
+    "train.val_every=3",
+]
 
 
 def run(url: str, data: str, *overrides: str) -> str:
@@ -37,6 +44,7 @@ def branches(folder: str, data: str) -> dict[str, Any]:
     longer = run(f"{folder}/longer", data, f"weights.url={same}", "weights.state=true", "train.max_steps=12")
     fit(prepare_resume(longer, ["train.max_steps=14"]), resume=True)
     found: dict[str, Any] = {name: rows(f"{folder}/{name}") for name in ("whole", "same", "other", "longer")}
+    found["validated"] = [row["step"] for row in read_metrics(Store(same)) if "val/loss" in row]
     found["attempts"] = read_attempts(Store(longer))
     found["records"] = {name: read_record(Store(f"{folder}/{name}")) for name in ("same", "other", "longer")}
     store = Store(other).sub("checkpoints")
@@ -55,6 +63,7 @@ def test_branches_go_on_from_another_run_with_all_of_its_state(tmp_path):
     (found,) = run_distributed(branches, 1, str(tmp_path), tiny_fields(str(tmp_path / "fields")))
     whole, same, other = found["whole"], found["same"], found["other"]
     assert sorted(whole) == list(range(1, 10)) and same == {step: whole[step] for step in (7, 8, 9)}  # bit for bit
+    assert found["validated"] == [9]  # step 6 is the parent's
     rate = fno_config("", "")["optim"]["lr"]
     assert sorted(other) == list(range(7, 13)) and other[7][0] == whole[7][0] and other[8][0] != whole[8][0]
     assert set(found["base"]) == {1e-3} and found["decay"] == {0.0, 0.5}

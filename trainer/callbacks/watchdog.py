@@ -36,11 +36,12 @@ class Watchdog(pl.Callback):
     """A thread that watches how long the process stays in one phase of one step. First in the list of callbacks;
     `ready` is last.
 
-    From the set-up of the model on until the first step is done, and for a save, `init_seconds` are allowed, else `step_seconds`. When they are over,
-    the ranks tell each other through the store of the process group where they are; each puts the Python stacks of its
-    threads (and what the flight recorder of the collectives holds) under `hangs/AAAA/` of the run; one line names rank,
-    host and phase, and the process ends with the exit code 76, on which the launcher starts the group again. A process
-    that was stopped as a whole (a suspended machine) is given the time back when it goes on.
+    From the set-up of the model on until the first step is done, and for a save, `init_seconds` are allowed, else
+    `step_seconds`. When they are over, the ranks tell each other through the store of the process group where they are;
+    each puts the Python stacks of its threads (and what the flight recorder of the collectives holds) under `hangs/AAAA/`
+    of the run; one line names rank, host and phase, and the process ends with the exit code 76, on which the launcher
+    starts the group again. A process that was stopped as a whole (a suspended machine) is given the time back when it
+    goes on.
 
     Should Python itself be stuck (a library that never lets go of the interpreter), its stacks go to standard error
     after twice the time, and the process ends.
