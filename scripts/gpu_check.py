@@ -6,7 +6,7 @@ another process; then the speed of a 350M transformer and of an FNO. Each row is
 own; its peak memory stands beside what `keel dryrun` plans for it, and its MFU refers to the peak of the device's data
 sheet.
 
-    make gpu-check              (or: python scripts/gpu_check.py [--only WORD] [--markdown docs/results/gpu.md])
+    make gpu-check              (or: python scripts/gpu_check.py [--only WORD] [--jobs N] [--markdown docs/results/gpu.md])
 
 `--tiny` walks through the same runs with tiny networks on the CPU: it checks this script, not a GPU.
 
@@ -20,6 +20,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,7 @@ def load(name: str, data: str, url: str, tiny: bool) -> Any:
     return configs.load(raw, [f"{key}={value}" for key, value in changes.items()])
 
 
-def child(url: str, resume: bool) -> dict[str, Any]:
+def child(url: str, words: list[str]) -> dict[str, Any]:
     """Trains, or continues, the run at `url` in this process."""
     import lightning.pytorch as pl
 
@@ -143,41 +146,68 @@ def child(url: str, resume: bool) -> dict[str, Any]:
         return watch
 
     run.assemble = with_mark
-    record = run.fit(configs.load(f"{url}/config.yaml"), resume=resume)
+    record = run.fit(configs.load(f"{url}/config.yaml"), resume="--resume" in words)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     names = ("throughput", "status", "loss", "steps", "attempts")
     return {"peak": peak, **{name: record[name] for name in names}}
 
 
-def run_case(name: str, data: str, url: str, tiny: bool) -> dict[str, Any]:
-    """Plan and real run of a case; `error` says in a line why there is none, or that it could not be continued."""
-    from trainer.lifecycle import prepare_new, prepare_resume
+def plan(url: str, tiny: bool) -> dict[str, Any]:
+    """What `keel dryrun` says of the run at `url`."""
+    from trainer import config as configs
     from trainer.planning.simulate import trace
 
-    found: dict[str, Any] = {"name": name}
-    try:
-        config = load(name, data, url, tiny)
-        found["planned"] = trace(config, accelerator=not tiny).peak
-        prepare_new(config)
-        found |= start(url)
-        if name in CONTINUED and "error" not in found:
-            steps = config.train.max_steps + MORE_STEPS
-            changes = {"train.max_steps": steps, **CONTINUED[name]}
-            prepare_resume(url, [f"{key}={value}" for key, value in changes.items()])
-            again = start(url, "--resume")
-            ended = again.get("status"), again.get("steps"), again.get("attempts")
-            if ended != ("ok", steps, 2):
-                return found | {"error": "continued: " + again.get("error", f"status, steps, attempts are {ended}")}
-            found["continued"] = again
+    return {"planned": trace(configs.load(f"{url}/config.yaml"), accelerator=not tiny).peak}
+
+
+def run_case(name: str, url: str) -> dict[str, Any]:
+    """The run at `url`; `error` says in a line why there is none, or that it could not be continued."""
+    from trainer import config as configs
+    from trainer.lifecycle import prepare_resume
+
+    found: dict[str, Any] = {"name": name, **start(url)}
+    if name not in CONTINUED or "error" in found:
         return found
-    except (ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
-        return found | {"error": " ".join(str(error).split())}
+    steps = configs.load(f"{url}/config.yaml").train.max_steps + MORE_STEPS
+    changes = {"train.max_steps": steps, **CONTINUED[name]}
+    try:
+        prepare_resume(url, [f"{key}={value}" for key, value in changes.items()])
+    except (ValueError, RuntimeError) as error:
+        return found | {"error": " ".join(f"continued: {error}".split())}
+    again = start(url, "--resume")
+    ended = again.get("status"), again.get("steps"), again.get("attempts")
+    if ended != ("ok", steps, 2):
+        return found | {"error": "continued: " + again.get("error", f"status, steps, attempts are {ended}")}
+    return found | {"continued": again}
+
+
+def measure(urls: dict[str, str], jobs: int, tiny: bool, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Plans and runs all of `urls` (case -> prepared run): small networks `jobs` at a time, then the others one by one,
+    for their speed. `tell` gets what is found as it comes."""
+    words = ["--plan", *(["--tiny"] if tiny else [])]
+    small = [name for name in urls if not for_speed(name)]
+    with ThreadPoolExecutor(jobs) as pool:
+        plans = {name: pool.submit(start, url, *words) for name, url in urls.items()}
+        runs = {pool.submit(run_case, name, urls[name]): name for name in small}
+        for done in as_completed(runs):
+            tell({**plans[runs[done]].result(), **done.result(), "shared": jobs > 1})
+        wait(plans.values())
+    for name in filter(for_speed, urls):
+        tell({**plans[name].result(), **run_case(name, urls[name]), "shared": False})
+
+
+def for_speed(name: str) -> bool:
+    """Whether the case is one of the larger networks, whose speed is read."""
+    return name.startswith(("350M", "fno"))
 
 
 def start(url: str, *words: str) -> dict[str, Any]:
     """What `child` returns, in a process of its own; `error` if it failed."""
     command = [sys.executable, __file__, "--child", url, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {TIMEOUT_SECONDS} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -192,13 +222,12 @@ def line(found: dict[str, Any]) -> list[Any]:
         f"{speed['tokens_per_s']:,.4g} tokens" if "tokens_per_s" in speed else f"{speed['samples_per_s']:,.4g} samples"
     )
     mfu = f"{speed['mfu']:.1%}" if "mfu" in speed else "-"
+    times = ["-", "-", "-"] if found["shared"] else [1e3 / speed["steps_per_s"], rate, mfu]
     measured, ratio = (f"{peak / 2**30:.3g}", f"{planned / peak:.3f}") if peak else ("-", "-")
     return [
         found["name"],
         found["status"] + (", continued" if "continued" in found else ""),
-        1e3 / speed["steps_per_s"],
-        rate,
-        mfu,
+        *times,
         measured,
         f"{planned / 2**30:.3g}",
         ratio,
@@ -207,12 +236,14 @@ def line(found: dict[str, Any]) -> list[Any]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(sys.argv[2], "--resume" in sys.argv[3:])))
+        words = sys.argv[3:]
+        print(json.dumps(plan(sys.argv[2], "--tiny" in words) if "--plan" in words else child(sys.argv[2], words)))
         return 0
     from _table import parser, save, show
 
     arguments = parser(__doc__)
     arguments.add_argument("--only", metavar="WORD", default="", help="only the runs whose name holds this")
+    arguments.add_argument("--jobs", type=int, default=1, help="small runs at a time, then without their times")
     arguments.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # on the CPU: checks this script
     options = arguments.parse_args()
     if not torch.cuda.is_available() and not options.tiny:
@@ -220,6 +251,7 @@ def main() -> int:
         return 2
     from overhead import fields, text
 
+    from trainer.lifecycle import prepare_new
     from trainer.quiet import quiet
 
     quiet()
@@ -227,23 +259,34 @@ def main() -> int:
     names = [name for name in CASES if options.only in name]
     if importlib.util.find_spec("deepspeed") is None:
         names = [name for name in names if not name.startswith("deepspeed")]
+    began = time.monotonic()
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+    def tell(found: dict[str, Any]) -> None:
+        # Written as they come: a machine that is lent may be taken back.
+        rows[found["name"]] = found
+        print(
+            f"{time.monotonic() - began:4.0f} s  {found['name']}: {found.get('error') or found['status']}", flush=True
+        )
+        known = [row for row in rows.values() if row]
+        sources = [row["throughput"]["peak_source"] for row in known if "peak_source" in row.get("throughput", {})]
+        columns = ["run", "status", "ms per step", "per second", "MFU", "peak GiB", "planned GiB", "ratio"]
+        peaks = ", ".join(dict.fromkeys(sources)) or "no known peak"
+        note = f"{STEPS} steps each; MFU of: {peaks}; aim of the ratio: 0.9 to 1.1"
+        if options.jobs > 1:
+            note += f"; {options.jobs} of the small runs at a time: no times of these"
+        show(f"Keel on one {device}", columns, [line(row) for row in known], note, quietly=len(known) < len(names))
+        save(options, {row["name"]: row for row in known})
+
     with tempfile.TemporaryDirectory() as folder:
         data = {"fno": fields(f"{folder}/fields"), "transformer": text(f"{folder}/text")}
-        rows = [
-            run_case(name, data[CASES[name][0]], f"{folder}/{number}", options.tiny)
-            for number, name in enumerate(names)
-        ]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    sources = [row["throughput"]["peak_source"] for row in rows if "peak_source" in row.get("throughput", {})]
-    show(
-        f"Keel on one {device}",
-        ["run", "status", "ms per step", "per second", "MFU", "peak GiB", "planned GiB", "ratio"],
-        [line(row) for row in rows],
-        f"{STEPS} steps each; MFU of: {', '.join(dict.fromkeys(sources)) or 'no known peak'}; aim of the ratio: 0.9 to 1.1",
-    )
-    save(options, {row["name"]: row for row in rows})
+        urls = {name: f"{folder}/{number}" for number, name in enumerate(names)}
+        for name, url in urls.items():
+            prepare_new(load(name, data[CASES[name][0]], url, options.tiny))
+        measure(urls, options.jobs, options.tiny, tell)
     # A run whose continuation failed has its own good status, too.
-    return 0 if all("error" not in row and row["status"] == "ok" for row in rows) else 1
+    return 0 if all("error" not in row and row["status"] == "ok" for row in rows.values()) else 1
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
-    """Prints one table; floats with four significant digits."""
+def show(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "", quietly: bool = False
+) -> None:
+    """Prints one table, floats with four significant digits; `quietly` only keeps it for `save`."""
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     _shown.append((title, list(columns), cells, note))
+    if quietly:
+        return
     table = Table(title=title, caption=note or None, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")

@@ -289,8 +289,8 @@ def test_gpu_check_fails_where_a_run_cannot_be_continued(tmp_path: Path, monkeyp
     case = "fsdp, saved beside training, continued"
     ended = {"status": "ok", "throughput": {"steps_per_s": 1.0, "samples_per_s": 1.0}, "peak": None, "loss": 1.0}
     again: dict[str, Any] = {}
-    monkeypatch.setattr(gpu_check, "start", lambda url, *words: again if words else ended | {"steps": 3, "attempts": 1})
-    monkeypatch.setattr(simulate, "trace", lambda *_, **__: Trace(memory={"parameters": 1}))
+    ways = {"--plan": {"planned": 1.0}, "--resume": again, "": ended | {"steps": 3, "attempts": 1}}
+    monkeypatch.setattr(gpu_check, "start", lambda url, *words: ways[words[0] if words else ""])
     for made in ("fields", "text"):
         monkeypatch.setattr(overhead, made, lambda url: url)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--only", case])

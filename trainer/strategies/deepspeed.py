@@ -134,6 +134,7 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
         self._precision_plugin = None if plugin is None else ZeroPrecision(plugin.precision)
 
     def setup_environment(self) -> None:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, also of a process that nobody launched
         if not self._on_cpu:
             super().setup_environment()
             return
