@@ -22,6 +22,7 @@ from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
 from datamodules.stream.order import Order
+from datamodules.stream.ranges import RangeCache
 from datamodules.stream.splits import Split, select
 from datamodules.stream.stream import Cursor, FiniteStream, Share, Source, Stream, even_batches, spread
 from datamodules.stream.windows import Windows
@@ -48,8 +49,8 @@ class StreamConfig:
         cache: folder of the local cache of remote shards; empty for ``$KEEL_CACHE`` or ``~/.cache/keel``.
         cache_bytes: bound of that cache; 0 reads byte ranges from the store each time.
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
-            the cache has room for those in use and an epoch uses at least half of their bytes. An epoch of few frames of
-            each trajectory thus reads ranges and caches nothing: name ``shards`` where there are many epochs.
+            the cache has room for those in use and an epoch uses at least half of their bytes, as of few frames of each
+            trajectory it does not; else ranges, which it keeps in the cache.
         verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
             a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
             tells a shard from an intact one of another data set. What comes from a remote store is always verified.
@@ -149,6 +150,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         self._world: tuple[int, int] | None = None
         self._dataset: Dataset | None = None
         self._cache: ShardCache | None = None
+        self._ranges: RangeCache | None = None
         self._order: Order | None = None
         self._sampling = ""
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -327,7 +329,7 @@ class StreamingDataModule(lightning.LightningDataModule):
         return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
 
     def _shard_cache(self, windows: Windows, window_shards: int, taken: int) -> ShardCache | None:
-        """The cache if whole shards are to be fetched. One smaller than what is read in turn would fetch them over and over."""
+        """Of whole shards, or of what is read of them. One smaller than the shards in turn would fetch them over and over."""
         config = self.config
         if self.dataset.store.is_local or config.fetch == "ranges" or not config.cache_bytes:
             return None
@@ -340,7 +342,8 @@ class StreamingDataModule(lightning.LightningDataModule):
                 f"ahead need {needed} bytes{beside}; raise it, lower window_shards, or set fetch=ranges"
             )
         if config.fetch == "auto" and (full or windows.share < ENOUGH):
-            return None
+            self._ranges = self._ranges or RangeCache(config.cache, config.cache_bytes)
+            return self._ranges
         self._cache = self._cache or ShardCache(config.cache, config.cache_bytes)
         return self._cache
 

@@ -1,7 +1,8 @@
 """A local cache of whole shards: shared by all processes of a host, bounded in bytes, least recently used leaves first.
 
-Layout: ``<root>/<fingerprint prefix>/<quoted shard path>``, ``<...>.<pid>-<n>.part`` while a download runs, and
-``<root>/locks/*``, among them ``bound-<bytes>.<pid>-<n>``, locked for as long as a cache of that bound is in use. A shard
+Layout: ``<root>/<fingerprint prefix>/<quoted shard path>``, ``<...>.some`` for a copy that has only some of the shard's bytes
+(see ``ranges``), ``<...>.<pid>-<n>.part`` while a download runs, and ``<root>/locks/*``, among them
+``bound-<bytes>.<pid>-<n>``, locked for as long as a cache of that bound is in use. A shard
 appears under its name only by an atomic rename after its checksum was verified, so a process killed at any moment leaves
 at most a ``.part`` file and never a wrong shard. Locks are ``flock`` locks, which the kernel drops when their owner dies;
 a ``.part`` file whose lock is free is therefore left over, and is removed.
@@ -118,6 +119,7 @@ class ShardCache:
     the largest holds for all: a small one does not throw out what a larger one keeps.
     """
 
+    SOME: ClassVar[str] = ".some"  # behind the name of a copy that has only some of the bytes
     _warned = False
 
     def __init__(self, root: str, capacity: int) -> None:
@@ -156,7 +158,7 @@ class ShardCache:
             if descriptor is not None:
                 return descriptor, 0
             for leftover in self._parts(target):
-                _unlink(leftover)
+                unlink(leftover)
             for attempt in (1, 2):
                 part = None
                 try:
@@ -167,13 +169,11 @@ class ShardCache:
                         os.replace(part, target)
                         return self._open(target, size), attempt * size
                 except OutOfSpace as error:
-                    if not self._warned:
-                        self._warned = True
-                        log.warning("%s; reading byte ranges from the store meanwhile", error)
+                    self.warn_full(str(error))
                     return None, (attempt - 1) * size
                 finally:
                     if part is not None:
-                        _unlink(part)
+                        unlink(part)
         raise DataError(
             f"{source.url}/{path}: corrupt: the checksum of two downloads differs from the manifest's; "
             f"delete this object and run `keel data make` again"
@@ -187,7 +187,13 @@ class ShardCache:
         """Forget a shard whose cached copy turned out bad, so that the next ``open`` downloads it again."""
         target = self._target(fingerprint, path)
         with self._lock(target):
-            _unlink(target)
+            unlink(target)
+
+    def warn_full(self, why: str) -> None:
+        """Once: the disk is full."""
+        if not self._warned:
+            self._warned = True
+            log.warning("%s; reading byte ranges from the store meanwhile", why)
 
     def sweep(self) -> None:
         """Remove ``.part`` files whose writers are gone."""
@@ -196,27 +202,29 @@ class ShardCache:
                 target = entry.path.rsplit(".", 2)[0]
                 with self._lock(target, wait=False) as held:
                     if held:
-                        _unlink(entry.path)
+                        unlink(entry.path)
 
     def used(self) -> int:
         """Bytes that shards and running downloads occupy."""
         total = 0
         for entry in self._entries():
             with suppress(FileNotFoundError):
-                total += entry.stat().st_size
+                total += _bytes(entry)
         return total
 
     def _announce(self) -> None:
-        """Let others know this cache's capacity while it lives."""
+        """Let others know this cache's capacity while it lives; the size of the file is what it is about to write."""
         while True:
             path = os.path.join(self.root, "locks", f"{_BOUND}{self.capacity}.{os.getpid()}-{next(_serial)}")
             with self._lock("evict"), suppress(BlockingIOError):  # one of equal number in another container has it
-                weakref.finalize(self, _withdraw, _Lock(path, wait=False), path).atexit = False
+                self._announced = _Lock(path, wait=False)
+                weakref.finalize(self, _withdraw, self._announced, path).atexit = False
                 return
 
-    def _bound(self) -> int:
-        """The largest capacity that somebody has announced. Call with the lock ``evict`` held."""
-        found = self.capacity
+    def _bound(self) -> tuple[int, int]:
+        """The largest capacity that somebody has announced, and the bytes that all are about to write. Call with the lock
+        ``evict`` held."""
+        found, promised = self.capacity, 0
         for entry in os.scandir(os.path.join(self.root, "locks")):
             if not entry.name.startswith(_BOUND):
                 continue
@@ -224,9 +232,10 @@ class ShardCache:
                 lock = _Lock(entry.path, wait=False)
             except BlockingIOError:
                 found = max(found, int(entry.name.removeprefix(_BOUND).split(".")[0]))
+                promised += entry.stat().st_size
             else:  # its owner was killed
                 _withdraw(lock, entry.path)
-        return found
+        return found, promised
 
     def _target(self, fingerprint: str, path: str) -> str:
         return os.path.join(self.root, fingerprint.rpartition(":")[2][:16], quote(path, safe=""))
@@ -244,10 +253,10 @@ class ShardCache:
         return [e.path for e in os.scandir(folder) if e.name.endswith(".part") and e.name.rsplit(".", 2)[0] == name]
 
     @staticmethod
-    def _open(target: str, size: int) -> int | None:
-        """Descriptor of a complete copy, marked as just used; a copy of another size is ignored (and soon replaced)."""
+    def _open(target: str, size: int, mode: int = os.O_RDONLY) -> int | None:
+        """Descriptor of a copy of this size, marked as just used; one of another size is ignored (and soon replaced)."""
         try:
-            descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(target, mode | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         if os.fstat(descriptor).st_size != size:
@@ -257,25 +266,37 @@ class ShardCache:
             os.utime(target)  # not atime: most mounts update it once a day at most
         return descriptor
 
+    def _evict(self, size: int) -> list[str] | None:
+        """Make room for ``size`` bytes; the shards that stay, the one next to leave first. ``None`` if there cannot be room,
+        and then none has left. Call with the lock ``evict`` held."""
+        found = []
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                found.append((entry.stat().st_mtime_ns, _bytes(entry), entry.path))
+        shards = sorted(f for f in found if not f[2].endswith(".part"))
+        bound, promised = self._bound()
+        excess = sum(f[1] for f in found) + promised + size - bound
+        if excess > sum(f[1] for f in shards):
+            return None
+        while excess > 0:
+            _, length, path = shards.pop(0)
+            unlink(path)
+            excess -= length
+        return [path for _, _, path in shards]
+
+    def _part(self, target: str) -> str:
+        """Name of a new file that is to become ``target``."""
+        return f"{target}.{os.getpid()}-{next(_serial)}.part"
+
     def _reserve(self, target: str, size: int) -> str | None:
         """Path of a new ``.part`` file of ``size`` bytes, after evicting as many old shards as that takes."""
         with self._lock("evict"):
-            found = []
-            for entry in self._entries():
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    found.append((status.st_mtime_ns, status.st_size, entry.path))
-            shards = sorted(f for f in found if not f[2].endswith(".part"))
-            excess = sum(f[1] for f in found) + size - self._bound()
-            if excess > sum(f[1] for f in shards):
+            left = self._evict(size)
+            if left is None:
                 return None
-            while excess > 0:
-                _, length, path = shards.pop(0)
-                _unlink(path)
-                excess -= length
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            part = f"{target}.{os.getpid()}-{next(_serial)}.part"
-            own = [path for _, _, path in shards if os.path.dirname(path) == os.path.dirname(target)]
+            part = self._part(target)
+            own = [path for path in left if os.path.dirname(path) == os.path.dirname(target)]
             while True:
                 try:
                     _create(part, size)
@@ -287,7 +308,7 @@ class ShardCache:
                         raise OutOfSpace(
                             f"{self.root}: no space left for a shard of {size} bytes; free space, or lower or move the cache"
                         ) from error
-                    _unlink(own.pop(0))
+                    unlink(own.pop(0))
 
     def _download(self, source: Source, path: str, size: int, part: str, stop: Callable[[], bool]) -> int:
         """Fill ``part`` from the store, as the bytes come; returns their CRC-32."""
@@ -328,7 +349,7 @@ class ShardCache:
 
 def _withdraw(lock: _Lock, path: str) -> None:
     if lock in _Lock.held:  # not in a child, whose parent's it is
-        _unlink(path)
+        unlink(path)
         lock.release()
 
 
@@ -338,7 +359,7 @@ def _create(part: str, size: int) -> None:
     try:
         _allocate(descriptor, size)
     except BaseException:
-        _unlink(part)
+        unlink(part)
         raise
     finally:
         os.close(descriptor)
@@ -354,6 +375,11 @@ def _allocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def _unlink(path: str) -> None:
+def _bytes(entry: os.DirEntry[str]) -> int:
+    status = entry.stat()
+    return status.st_blocks * 512 if entry.name.endswith(ShardCache.SOME) else status.st_size
+
+
+def unlink(path: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)

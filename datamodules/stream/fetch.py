@@ -20,6 +20,7 @@ from .cache import ShardCache, never
 from .direct import Direct
 from .files import File, Files, Scratch
 from .metrics import Metrics
+from .ranges import RangeCache
 from .watch import Watch
 from .windows import Ids, Located, Windows
 
@@ -70,8 +71,9 @@ class Target(NamedTuple):
 class Reader:
     """Reads batches of ``windows`` of ``dataset``; safe to use from several threads; a copy by pickle is independent.
 
-    Local data sets, and remote ones with a ``cache``, are read as files; remote ones without, by ranges. ``always``: verify
-    checksums at every read of a file, not only at the first of this process, and those of whole local shards once.
+    Local data sets, and remote ones with a ``cache``, are read as files; remote ones without, by ranges, which a
+    ``RangeCache`` keeps. ``always``: verify checksums at every read of a file, not only at the first of this process, and
+    those of whole local shards once.
 
     ``batch`` raises ``DataError`` for bytes that do not match their checksum (after reading them once more, unless the
     data set is local), for missing or truncated objects and for a data set that changed meanwhile, and ``StoreError``
@@ -82,18 +84,22 @@ class Reader:
         self, dataset: Dataset, windows: Windows, cache: ShardCache | None, metrics: Metrics, always: bool = False
     ) -> None:
         self.dataset, self.windows, self.metrics, self.always = dataset, windows, metrics, always
-        self.cache = None if dataset.store.is_local else cache
-        self.gap = 0 if dataset.store.is_local or cache else REMOTE_GAP
+        local, spec = dataset.store.is_local, windows.array.spec
+        by_range = isinstance(cache, RangeCache)
+        self.cache = None if local or by_range else cache
+        keeps = not local and "crc32c" in spec.stages and not (spec.fixed and not RangeCache.suits(spec.payload_bytes))
+        self.ranges = cache if keeps and isinstance(cache, RangeCache) else None
+        self.gap = 0 if local or self.cache else REMOTE_GAP
         self._files, self._scratch, self._pool, self._watch = Files(), Scratch(), Pool(), Watch(dataset)
         self._identities: dict[str, tuple[int, ...]] = {}  # of local shards when they were last opened
         self._paths: dict[int, str] = {}  # of shards; making one takes longer than reading a small sample
-        suits = (dataset.store.is_local or self.cache is not None) and Direct.suits(windows.array)
+        suits = (local or self.cache is not None or self.ranges is not None) and Direct.suits(windows.array)
         self._direct = Direct(windows.array, windows.entries, always) if suits else None
-        self._same = windows.array.spec.value_dtype == torch.empty(0, dtype=windows.dtype).numpy().dtype
-        self._same &= windows.array.spec.value_dtype == windows.array.spec.numpy_dtype
+        self._same = spec.value_dtype == torch.empty(0, dtype=windows.dtype).numpy().dtype
+        self._same &= spec.value_dtype == spec.numpy_dtype
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Reader, (self.dataset, self.windows, self.cache, self.metrics, self.always)
+        return Reader, (self.dataset, self.windows, self.cache or self.ranges, self.metrics, self.always)
 
     @cached_property
     def sample_bytes(self) -> int:
@@ -192,6 +198,8 @@ class Reader:
 
     def _fill_ranges(self, at: Located, out: NDArray[np.generic], rows: Ids | None, wait: bool) -> None:
         pieces = self._pieces(at, rows, wait)
+        if self.ranges is not None:
+            pieces = [(piece, row) for piece, row in pieces if not self._kept(piece, out[row])]
         blocks = coalesce(pieces, self.gap)
         for block, content in self._contents(blocks, wait):
             try:
@@ -203,6 +211,26 @@ class Reader:
                 self._decode(block, self._again(block), out)
         if self.dataset.store.is_local:
             self.metrics.add(fetched=sum(block.stop - block.start for block in blocks))
+
+    def _kept(self, piece: Piece, out: NDArray[Any]) -> bool:
+        """Fill in a piece from the ranges that were kept, if its chunks are all there."""
+        file = self._file(piece.path) if piece.start < piece.stop else None
+        content = file.read(piece.start, piece.stop, self._scratch) if file else None
+        if file is None or content is None:
+            return False
+        try:
+            self.windows.array.decode(piece, content, out)
+        except DataError:
+            if not file.mark and self.ranges is not None:  # a whole copy, which rots
+                self.ranges.drop(self.dataset.fingerprint, piece.path)
+                self._files.forget(piece.path)
+            return False
+        return True
+
+    def _keep(self, block: Block, data: bytes) -> None:
+        file = self._file(block.path)
+        if self.ranges is not None and file is not None and file.mark:
+            self.ranges.keep(file.descriptor, block.start, data)
 
     def _held(self, path: str, start: int, stop: int, wait: bool) -> memoryview | None:
         """Bytes of a shard that is a file here, valid until the thread's next read."""
@@ -243,7 +271,7 @@ class Reader:
         remote: list[Block] = []
         for path, group in groupby(blocks, key=lambda block: block.path):
             members = list(group)
-            file = self._file(path, wait)
+            file = self._file(path, wait) if self.ranges is None else None
             for block in members:
                 content = file.read(block.start, block.stop, self._scratch) if file else None
                 if content is None:
@@ -262,6 +290,8 @@ class Reader:
         self.metrics.add(fetched=sum(map(len, fetched)))
         for block, data in zip(remote, fetched, strict=True):
             yield block, memoryview(data)
+            if self.ranges is not None:
+                self._keep(block, data)
 
     def _read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """From the store. An object that was replaced meanwhile must hold what the manifest says, as a whole."""
@@ -296,15 +326,18 @@ class Reader:
         return self._file(path, stop=stop) is not None
 
     def _file(self, path: str, wait: bool = True, stop: Callable[[], bool] = never) -> File | None:
-        """The shard as a file: the data set's own or the cached copy. ``None``: ask the store, which also tells what is wrong."""
-        store, cache = self.dataset.store, self.cache
+        """The shard as a file: the data set's own or the cached copy, which may lack bytes where ranges are kept.
+        ``None``: ask the store, which also tells what is wrong."""
+        store, cache, ranges = self.dataset.store, self.cache, self.ranges
         if store.is_local:
             return self._files.get(path, lambda: self._own(path))
-        if cache is None:
-            return None
         info = self.dataset.objects.get(path)
-        if info is None:
+        if info is None or (cache is None and ranges is None):
             return None
+        if ranges is not None:
+            part, size = ranges.part, info.size
+            return self._files.get(path, lambda: File.part(*part(self.dataset.fingerprint, path, size)))
+        assert cache is not None
 
         def fetch() -> File | None:
             fingerprint, fetched = self.dataset.fingerprint, 0

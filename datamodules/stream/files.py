@@ -33,15 +33,17 @@ class File:
     """A file descriptor that is closed when nobody holds this object any more.
 
     ``verified``: this process has just written the file from bytes whose checksum was right. ``ours``: a file of the cache,
-    which is never written to and whose time says when it was last used.
+    whose bytes, once right, stay so, and whose time says when it was last used. ``mark``: tells this copy of some of a shard's
+    bytes from one that was there before; empty for a whole one.
     """
 
-    def __init__(self, descriptor: int, verified: bool = False, ours: bool = True) -> None:
-        self.descriptor, self.verified = descriptor, verified
+    def __init__(self, descriptor: int, verified: bool = False, ours: bool = True, mark: bytes = b"") -> None:
+        self.descriptor, self.verified, self.mark = descriptor, verified, mark
         status = os.fstat(descriptor)
         self.size = status.st_size
         # Another file under the same name has another inode; one that was written to has another time.
-        self.identity = (status.st_dev, status.st_ino, status.st_size, 0 if ours else status.st_mtime_ns)
+        told = int.from_bytes(mark) if ours else status.st_mtime_ns
+        self.identity = (status.st_dev, status.st_ino, status.st_size, told)
 
     @classmethod
     def open(cls, path: str) -> File | None:
@@ -50,6 +52,11 @@ class File:
             return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), ours=False)
         except OSError:
             return None
+
+    @classmethod
+    def part(cls, descriptor: int, mark: bytes) -> File:
+        """A copy of some of a shard's bytes."""
+        return cls(descriptor, mark=mark)
 
     def crc32(self) -> int | None:
         """Of all its bytes; ``None`` if it cannot be read."""

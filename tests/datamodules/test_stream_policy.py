@@ -38,22 +38,24 @@ def data_of(url: str, tmp_path: Path, **config: Any) -> FieldsData:
 
 
 @pytest.mark.parametrize(
-    ("config", "cached"),
+    ("config", "cached", "kept"),
     [
-        ({}, True),
-        ({"stride": 7}, False),  # an epoch uses 2 of 7 frames
-        ({"train": "0:2"}, True),
-        ({"cache_bytes": 5000}, False),  # too small for the shards in use
-        ({"cache_bytes": 0}, False),
-        ({"fetch": "ranges"}, False),
-        ({"fetch": "shards", "stride": 7}, True),
+        ({}, True, False),
+        ({"stride": 7}, False, True),  # an epoch uses 2 of 7 frames
+        ({"train": "0:2"}, True, False),
+        ({"cache_bytes": 5000}, False, True),  # too small for the shards in use
+        ({"cache_bytes": 0}, False, False),
+        ({"fetch": "ranges"}, False, False),
+        ({"fetch": "shards", "stride": 7}, True, False),
     ],
 )
-def test_auto_takes_shards_that_will_be_used(memory: str, tmp_path: Path, config: dict[str, Any], cached: bool) -> None:
+def test_auto_takes_shards_that_will_be_used(
+    memory: str, tmp_path: Path, config: dict[str, Any], cached: bool, kept: bool
+) -> None:
     write_fields(memory)
     data = data_of(memory, tmp_path, **config)
     reader = data.reader(data.config.train, window_shards=2)
-    assert (reader.cache is not None) == cached
+    assert ((reader.cache is not None), (reader.ranges is not None)) == (cached, kept)
     values, ids = field_values(10, 7), np.arange(2)
     batch = reader.batch(ids)
     assert np.array_equal(batch["fields"][0].numpy(), values[0, :2])
