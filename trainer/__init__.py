@@ -1,0 +1,3 @@
+from trainer import lean
+
+lean.install()

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -20,6 +22,7 @@ Failures = dict[int, tuple[int, float]]
 # How long the ranks beside a failed one may take to say what they lost: they cannot save without it. After a hang they
 # have said it already.
 _STOP_S, _STOP_HUNG_S = 10, 2
+_READ_S = 10  # how long a node that ends the job waits for the others to see why
 
 
 class Agent(LocalElasticAgent):
@@ -84,9 +87,16 @@ class Agent(LocalElasticAgent):
         try:
             store.set(f"keel/note/{worker_group.group_rank}", mine)
             notes = [json.loads(store.get(f"keel/note/{rank}")) for rank in range(world)]
+            store.set(f"keel/read/{worker_group.group_rank}", "")
         except RuntimeError as error:
             raise RendezvousConnectionError("the connection was lost while the group formed") from error
-        self._starting(notes, worker_group)
+        try:
+            self._starting(notes, worker_group)
+        except ValueError:
+            # The store goes with this process: the others are to read what is wrong, too.
+            with suppress(RuntimeError):
+                store.wait([f"keel/read/{rank}" for rank in range(world)], timedelta(seconds=_READ_S))
+            raise
 
 
 def failures(result: RunResult) -> Failures:
