@@ -7,10 +7,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .errors import ShortRead
 
+PIECE = 1 << 20  # bytes that a sink gets at once: what stays in the processor's cache
 TEMPORARY = ".keel-tmp"  # suffix of files in the making; listings hide them
 
 
@@ -80,8 +81,10 @@ def read(path: str) -> bytes:
         return file.read()
 
 
-def read_ranges(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Bytes [start, end) of each (path, start, end); each file is opened once."""
+def read_ranges(
+    requests: Sequence[tuple[str, int, int]], sinks: Sequence[Callable[[int, memoryview], None]] | None = None
+) -> list[bytes]:
+    """Bytes [start, end) of each (path, start, end), or these go to its sink in pieces; each file is opened once."""
     out: list[bytes] = [b""] * len(requests)
     by_path: dict[str, list[int]] = {}
     for i, (path, _, _) in enumerate(requests):
@@ -91,7 +94,10 @@ def read_ranges(requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         try:
             for i in members:
                 _, start, end = requests[i]
-                out[i] = _pread(handle, path, start, end)
+                if sinks is None:
+                    out[i] = _pread(handle, path, start, end)
+                else:
+                    _pour(handle, path, start, end, sinks[i])
         finally:
             os.close(handle)
     return out
@@ -102,11 +108,25 @@ def _pread(handle: int, path: str, start: int, end: int) -> bytes:
     while position < end:
         part = os.pread(handle, min(end - position, 1 << 30), position)
         if not part:
-            size = os.fstat(handle).st_size
-            raise ShortRead(f"{path}: truncated, {size} bytes where bytes {start} to {end} were wanted; write it again")
+            raise _short(handle, path, start, end)
         parts.append(part)
         position += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _pour(handle: int, path: str, start: int, end: int, sink: Callable[[int, memoryview], None]) -> None:
+    position, piece = start, memoryview(bytearray(min(end - start, PIECE)))
+    while position < end:
+        count = os.preadv(handle, [piece[: end - position]], position)
+        if not count:
+            raise _short(handle, path, start, end)
+        sink(position - start, piece[:count])
+        position += count
+
+
+def _short(handle: int, path: str, start: int, end: int) -> ShortRead:
+    size = os.fstat(handle).st_size
+    return ShortRead(f"{path}: truncated, {size} bytes where bytes {start} to {end} were wanted; write it again")
 
 
 def walk(root: str) -> list[str]:

@@ -124,12 +124,10 @@ class Store:
         if self.is_local:
             wanted = [(self.local_path(requests[i][0]), *requests[i][1:]) for i in todo]
             names = {file: requests[i][0] for i, (file, _, _) in zip(todo, wanted, strict=True)}
-            blocks = self._local(requests[todo[0]][0], lambda: local.read_ranges(wanted), names)
+            own = None if sinks is None else [sinks[i] for i in todo]
+            blocks = self._local(requests[todo[0]][0], lambda: local.read_ranges(wanted, own), names)
             for i, block in zip(todo, blocks, strict=True):
-                if sinks is None:
-                    out[i] = block
-                else:
-                    sinks[i](0, memoryview(block))
+                out[i] = block
             return out
 
         def attempt(held: Client, _key: str, _n: int) -> None:

@@ -126,9 +126,9 @@ def fill(target: torch.Tensor, source: torch.Tensor, *, wait: bool = True, plain
     simple = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (target, source))
     if simple and target.dtype == source.dtype:
         if plain is None:
-            np.copyto(_bytes(target), _bytes(source))
+            np.copyto(as_bytes(target), as_bytes(source))
         else:
-            plain.append((_bytes(target), _bytes(source)))
+            plain.append((as_bytes(target), as_bytes(source)))
     else:
         target.copy_(source, non_blocking=not wait)
 
@@ -153,7 +153,7 @@ def _copy_all(copies: Copies) -> None:
     in_parallel(make, [share for share in shares if share], threads)
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 

@@ -5,11 +5,10 @@ can be read by anybody and executed by nobody. Every chunk carries its crc32c, c
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future as Promise
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +24,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from datamodules.store import Store
-from trainer.checkpoint.checksum import crc32c
+from trainer.checkpoint.checksum import combine, crc32c
 from trainer.checkpoint.errors import CorruptCheckpoint
-from trainer.checkpoint.staging import fill
+from trainer.checkpoint.staging import as_bytes, fill
 
 _BATCH = 64 << 20  # bytes asked for at once; two batches are on their way
 _RANGE = 8 << 20  # a larger chunk comes over several connections
@@ -71,19 +70,21 @@ class ShardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        jobs: list[tuple[str, Chunk, Any]] = []
+        jobs: list[Job] = []
         for item in plan.items:
             assert item.type == LoadItemType.TENSOR
             name = item.storage_index.fqn
             chunk, first = _trim(_find_chunk(self.tensors[name], item.storage_index), item)
-            jobs.append((name, chunk, (item, first)))
-        for name, chunk, raw, (item, first) in _fetch(self.folder, jobs):
-            source = decode(raw, self.tensors[name]["dtype"], chunk, self.folder.join(chunk["file"]), name)
-            starts = (item.storage_offsets[0] - first, *item.storage_offsets[1:]) if first else item.storage_offsets
-            for dim, (start, length) in enumerate(zip(starts, item.lengths, strict=True)):
-                source = source.narrow(dim, start, length)
             target = planner.resolve_tensor(item).detach()
-            fill(target, source)
+            jobs.append(Job(name, chunk, self._place(name, chunk, target, item), (item, first, target)))
+        for job, raw in _fetch(self.folder, jobs):
+            item, first, target = job.tag
+            if job.place is None:
+                source = decode(raw, self.tensors[job.name]["dtype"], job.chunk["shape"])
+                starts = (item.storage_offsets[0] - first, *item.storage_offsets[1:]) if first else item.storage_offsets
+                for dim, (start, length) in enumerate(zip(starts, item.lengths, strict=True)):
+                    source = source.narrow(dim, start, length)
+                fill(target, source)
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -93,71 +94,103 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return False
 
+    def _place(self, name: str, chunk: Chunk, target: torch.Tensor, item: Any) -> np.ndarray | None:
+        """Memory of a tensor that takes a chunk as it is, as a sharded tensor's part mostly does."""
+        whole = not any(item.storage_offsets) and list(item.lengths) == list(chunk["shape"])
+        plain = target.device.type == "cpu" and target.is_contiguous()
+        same = target.dtype == getattr(torch, self.tensors[name]["dtype"])
+        return as_bytes(target) if whole and plain and same else None
 
-def decode(raw: Any, dtype: str, chunk: Chunk, path: str, name: str) -> torch.Tensor:
-    """One chunk's bytes as a tensor of its shape, without a copy: to be read only.
 
-    Raises:
-        CorruptCheckpoint: wrong length or checksum; names file and tensor.
-    """
-    if len(raw) != chunk["bytes"] or (chunk["crc32c"] is not None and crc32c(raw) != chunk["crc32c"]):
-        raise CorruptCheckpoint(f"{path} is corrupt at byte {chunk['start']} (tensor {name}): crc32c differs")
+class Job(NamedTuple):
+    """A chunk of a tensor that is to be read, into `place` if that is given."""
+
+    name: str
+    chunk: Chunk
+    place: np.ndarray | None = None
+    tag: Any = None
+
+
+class _Range:
+    """Bytes of a chunk on their way into memory, summed while they are in the processor's cache."""
+
+    def __init__(self, job: Job, memory: np.ndarray, start: int, stop: int) -> None:
+        self.request = (job.chunk["file"], job.chunk["start"] + start, job.chunk["start"] + stop)
+        self.memory, self.crc, self.sums = memory[start:stop], 0, job.chunk["crc32c"] is not None
+
+    def __call__(self, offset: int, piece: memoryview) -> None:
+        self.memory[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
+        if self.sums:
+            self.crc = crc32c(piece, self.crc if offset else 0)
+
+
+def decode(raw: np.ndarray, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """A chunk's bytes as a tensor of its shape, which shares their memory."""
     kind = getattr(torch, dtype)
-    if not len(raw):
-        return torch.empty(chunk["shape"], dtype=kind)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(raw, dtype=torch.uint8)
-    if flat.data_ptr() % kind.itemsize:
-        flat = flat.clone()
-    return flat.view(kind).reshape(chunk["shape"])
+    return torch.from_numpy(raw).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
 
 
 def read_full(folder: Store, tensors: dict[str, Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
     """Whole tensors assembled on the CPU of one process, without a process group."""
     out = {name: torch.empty(tensors[name]["shape"], dtype=getattr(torch, tensors[name]["dtype"])) for name in names}
-    jobs = [(name, chunk, None) for name in out for chunk in tensors[name]["chunks"]]
-    for name, chunk, raw, _ in _fetch(folder, jobs):
+    jobs = []
+    for name, tensor in out.items():
+        for chunk in tensors[name]["chunks"]:
+            place = as_bytes(tensor) if list(chunk["shape"]) == list(tensor.shape) else None
+            jobs.append(Job(name, chunk, place))
+    for (name, chunk, place, _), raw in _fetch(folder, jobs):
+        if place is not None:
+            continue
         view = out[name]
         for dim, (start, length) in enumerate(zip(chunk["offsets"], chunk["shape"], strict=True)):
             view = view.narrow(dim, start, length)
-        fill(view, decode(raw, tensors[name]["dtype"], chunk, folder.join(chunk["file"]), name))
+        fill(view, decode(raw, tensors[name]["dtype"], chunk["shape"]))
     return out
 
 
-def _fetch(folder: Store, jobs: list[tuple[str, Chunk, Any]]) -> Iterator[tuple[str, Chunk, Any, Any]]:
-    """(tensor, chunk, bytes, tag) of each job (tensor, chunk, tag), in the order of the files; reads ahead."""
-    batches = _batches(sorted(jobs, key=lambda job: (job[1]["file"], job[1]["start"])))
+def _fetch(folder: Store, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+    """Each job with its bytes, in the order of the files; reads ahead.
+
+    Raises:
+        CorruptCheckpoint: wrong checksum; names file and tensor.
+    """
+    batches = _batches(sorted(jobs, key=lambda job: (job.chunk["file"], job.chunk["start"])))
     with ThreadPoolExecutor(2) as pool:
-        ahead: list[Promise[list[Any]]] = []
+        ahead: list[Promise[list[np.ndarray]]] = []
         try:
             for index, batch in enumerate(batches):
                 later = batches[index + len(ahead) : index + 2]
-                ahead += [pool.submit(_read, folder, [chunk for _, chunk, _ in jobs]) for jobs in later]
-                found = ahead.pop(0).result()
-                for (name, chunk, tag), raw in zip(batch, found, strict=True):
-                    yield name, chunk, raw, tag
+                ahead += [pool.submit(_read, folder, jobs) for jobs in later]
+                yield from zip(batch, ahead.pop(0).result(), strict=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(folder: Store, chunks: list[Chunk]) -> list[Any]:
-    """The bytes of each chunk; a large one comes in ranges, side by side."""
-    step = max((chunk["bytes"] for chunk in chunks), default=1) if folder.is_local else _RANGE
-    pieces = [(at, start) for at, chunk in enumerate(chunks) for start in range(0, max(chunk["bytes"], 1), step)]
-    ranges = [
-        (chunks[at]["file"], chunks[at]["start"] + start, chunks[at]["start"] + min(start + step, chunks[at]["bytes"]))
-        for at, start in pieces
-    ]
-    out: list[Any] = [None] * len(chunks)
-    for (at, start), raw in zip(pieces, folder.read_ranges(ranges), strict=True):
-        if chunks[at]["bytes"] <= step:
-            out[at] = raw
-            continue
-        if start == 0:
-            out[at] = np.empty(chunks[at]["bytes"], dtype=np.uint8)
-        out[at][start : start + len(raw)] = np.frombuffer(raw, dtype=np.uint8)
+def _read(folder: Store, jobs: list[Job]) -> list[np.ndarray]:
+    """The verified bytes of each chunk; a large one comes in ranges, side by side."""
+    out, parts = [], []
+    for job in jobs:
+        size = job.chunk["bytes"]
+        memory = np.empty(size, np.uint8) if job.place is None else job.place
+        if memory.size != size:
+            raise _corrupt(folder, job, f"{size} bytes instead of {memory.size}")
+        step = max(size, 1) if folder.is_local else _RANGE
+        out.append(memory)
+        parts.append([_Range(job, memory, at, min(at + step, size)) for at in range(0, size, step)])
+    ranges = [part for some in parts for part in some]
+    folder.read_ranges([part.request for part in ranges], ranges)
+    for job, some in zip(jobs, parts, strict=True):
+        found = some[0].crc if some else 0
+        for part in some[1:]:
+            found = combine(found, part.crc, part.memory.size)
+        if job.chunk["crc32c"] not in (None, found):
+            raise _corrupt(folder, job, "crc32c differs")
     return out
+
+
+def _corrupt(folder: Store, job: Job, why: str) -> CorruptCheckpoint:
+    where = f"{folder.join(job.chunk['file'])} is corrupt at byte {job.chunk['start']} (tensor {job.name})"
+    return CorruptCheckpoint(f"{where}: {why}")
 
 
 def _find_chunk(entry: dict[str, Any], index: MetadataIndex) -> Chunk:
@@ -182,13 +215,13 @@ def _trim(chunk: Chunk, item: Any) -> tuple[Chunk, int]:
     return {**chunk, **part}, first
 
 
-def _batches(jobs: list[tuple[str, Chunk, Any]]) -> list[list[tuple[str, Chunk, Any]]]:
-    batches: list[list[tuple[str, Chunk, Any]]] = []
+def _batches(jobs: list[Job]) -> list[list[Job]]:
+    batches: list[list[Job]] = []
     size = _BATCH
     for job in jobs:
         if size >= _BATCH:
             batches.append([])
             size = 0
         batches[-1].append(job)
-        size += job[1]["bytes"]
+        size += job.chunk["bytes"]
     return batches
