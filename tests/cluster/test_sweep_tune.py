@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,36 @@ def test_rows_of_mixed_sizes_cannot_be_oversubscribed_or_block_each_other(
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2)
     with pytest.raises(ValueError, match=r"needs 1 nodes with 4 CPU each; the Ray cluster has 2 CPU; 2 CPU"):
         tune.check(sweep, table.rows)
+
+
+def test_rows_of_mixed_sizes_share_four_cores_and_all_end(data: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Really: whatever is there first, the row of four waits for all of them, and none waits for ever."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    sizes = [2, 4, 1]
+    config = sweep_of(tmp_path, data, zip=[{"resources.processes_per_node": sizes, "seed": [0, 1, 2]}])
+    config["base"]["train"] |= {"max_steps": 2, "global_batch": 4}
+    driver = subprocess.Popen(command(tmp_path, config, "--workers", "4"), stderr=subprocess.PIPE, text=True)
+    seen: list[int] = []
+    try:
+        while driver.poll() is None:
+            seen.append(workers(str(tmp_path)))
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+    assert driver.returncode == 0, driver.communicate()[1]
+    assert [row["status"] for row in read_results(Store(config["url"]))] == ["ok"] * len(sizes)
+    assert max(seen) == 4
+
+
+def workers(folder: str) -> int:
+    """Processes that train a run below a folder."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            said = path.read_text()
+            count += "-m\0trainer\0fit" in said and folder in said
+    return count
 
 
 def test_a_tuner_over_a_trainer_of_ray_train_cannot_be_asked_for(data: str, tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(task.network.parameters(), lr=0.1)
     device = torch.device("cpu")
     strategy = SimpleNamespace(
-        root_device=device, parent=None, loaded=None, masters=lambda: list(task.network.parameters()), named=lambda values: {}
+        root_device=device,
+        parent=None,
+        loaded=None,
+        masters=lambda: list(task.network.parameters()),
+        named=lambda values: {},
     )
     store, batch = Store(str(tmp_path)), task.example_batch(4)
     share = SimpleNamespace(accumulation=1, world_size=1, micro=4)
