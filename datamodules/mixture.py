@@ -187,8 +187,11 @@ class MixtureData(StreamingDataModule):
             config = source.config
             folder, shards = os.path.abspath(config.cache or default_root()), config.window_shards
             readers[i] = source.reader(config.train, window_shards=shards, taken=taken.get(folder, 0))
+            windows = readers[i].windows
             if readers[i].cache is not None:
-                taken[folder] = taken.get(folder, 0) + source.room(readers[i].windows, shards)
+                taken[folder] = taken.get(folder, 0) + source.room(windows, shards)
+            elif readers[i].ranges is not None:
+                taken[folder] = taken.get(folder, 0) + source.epoch_bytes(windows)
         return MixedReader([readers[i] for i in range(len(readers))], self.metrics, apart=self.config.unit == "batch")
 
     def val_dataloader(self) -> FiniteStream:

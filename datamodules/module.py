@@ -50,7 +50,7 @@ class StreamConfig:
         cache_bytes: bound of that cache; 0 reads byte ranges from the store each time.
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
             the cache has room for those in use and an epoch uses at least half of their bytes, as of few frames of each
-            trajectory it does not; else ranges, which it keeps in the cache.
+            trajectory it does not; else ranges, which it keeps if the cache has room for those of an epoch.
         verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
             a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
             tells a shard from an intact one of another data set. What comes from a remote store is always verified.
@@ -323,10 +323,17 @@ class StreamingDataModule(lightning.LightningDataModule):
         The shards in use, those of ``window_shards`` groups, and as many more, if there are: what is read ahead of the end of
         a window lies anywhere in the next one.
         """
-        paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
-        sizes = [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
+        sizes = self._sizes(windows)
         groups = min(2 * window_shards, -(-windows.samples // windows.group))
         return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
+
+    def epoch_bytes(self, windows: Windows) -> int:
+        """Stored bytes that an epoch reads, at most."""
+        return int(windows.share * sum(self._sizes(windows)))
+
+    def _sizes(self, windows: Windows) -> list[int]:
+        paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
+        return [self.dataset.objects[path].size for path in paths if path in self.dataset.objects]
 
     def _shard_cache(self, windows: Windows, window_shards: int, taken: int) -> ShardCache | None:
         """Of whole shards, or of what is read of them. One smaller than the shards in turn would fetch them over and over."""
@@ -342,10 +349,17 @@ class StreamingDataModule(lightning.LightningDataModule):
                 f"ahead need {needed} bytes{beside}; raise it, lower window_shards, or set fetch=ranges"
             )
         if config.fetch == "auto" and (full or windows.share < ENOUGH):
-            self._ranges = self._ranges or RangeCache(config.cache, config.cache_bytes)
-            return self._ranges
+            return self._range_cache(windows, taken)
         self._cache = self._cache or ShardCache(config.cache, config.cache_bytes)
         return self._cache
+
+    def _range_cache(self, windows: Windows, taken: int) -> RangeCache | None:
+        """Where there is room for all that an epoch reads: of less, little would be there when its turn comes."""
+        config = self.config
+        if self.epoch_bytes(windows) + taken <= config.cache_bytes:
+            self._ranges = self._ranges or RangeCache.open_at(config.cache, config.cache_bytes)
+            return self._ranges
+        return None
 
     def _horizon(self) -> int:
         """Samples of this rank until shards other than the present ones are in use."""

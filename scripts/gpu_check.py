@@ -210,7 +210,10 @@ def start(url: str, *words: str) -> dict[str, Any]:
         return {"error": f"not done within {TIMEOUT_SECONDS} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": f"said no result: {done.stdout[-200:]!r}"}
 
 
 def line(found: dict[str, Any]) -> list[Any]:
@@ -281,9 +284,13 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         data = {"fno": fields(f"{folder}/fields"), "transformer": text(f"{folder}/text")}
-        urls = {name: f"{folder}/{number}" for number, name in enumerate(names)}
-        for name, url in urls.items():
-            prepare_new(load(name, data[CASES[name][0]], url, options.tiny))
+        urls = {}
+        for number, name in enumerate(names):
+            try:
+                prepare_new(load(name, data[CASES[name][0]], url := f"{folder}/{number}", options.tiny))
+                urls[name] = url
+            except (ValueError, RuntimeError) as error:
+                tell({"name": name, "error": " ".join(str(error).split())})
         measure(urls, options.jobs, options.tiny, tell)
     # A run whose continuation failed has its own good status, too.
     return 0 if all("error" not in row and row["status"] == "ok" for row in rows.values()) else 1

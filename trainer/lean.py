@@ -35,25 +35,37 @@ class _Loader(importlib.abc.Loader):
 
         imports.RequirementCache.__bool__ = there
         imports.package_available = lambda name: name not in _WITHOUT and present(name)
+        _finder.done = True
+        if module.__spec__ is not None:
+            module.__spec__.loader = module.__loader__ = self.loader
         try:
             self.loader.exec_module(module)
+            sys.modules["torchmetrics.utilities.imports"]._MATPLOTLIB_AVAILABLE.available = False
         finally:
             imports.RequirementCache.__bool__ = met
             imports.package_available = present
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    done = False
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _NAME:
+        if name != _NAME or self.done:
             return None
-        sys.meta_path.remove(self)
-        found = importlib.util.find_spec(name)
+        self.done = True
+        try:
+            found = importlib.util.find_spec(name)
+        finally:
+            self.done = False
         if found is not None and found.loader is not None:
             found.loader = _Loader(found.loader)
         return found
 
 
+_finder = _Finder()
+
+
 def install() -> None:
     """From now on, once."""
-    if _NAME not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if _NAME not in sys.modules and _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)

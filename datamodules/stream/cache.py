@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 from urllib.parse import quote
 
 from datamodules.format import DataError
@@ -112,6 +112,14 @@ class Block:
         return write
 
 
+class Bound(NamedTuple):
+    """Of all caches of a folder: the largest capacity, the bytes that they are about to write, and how many there are."""
+
+    capacity: int
+    promised: int
+    users: int
+
+
 class ShardCache:
     """Whole shards of remote data sets as local files under ``root``, together at most ``capacity`` bytes.
 
@@ -169,7 +177,7 @@ class ShardCache:
                         os.replace(part, target)
                         return self._open(target, size), attempt * size
                 except OutOfSpace as error:
-                    self.warn_full(str(error))
+                    self.warn(str(error))
                     return None, (attempt - 1) * size
                 finally:
                     if part is not None:
@@ -189,8 +197,8 @@ class ShardCache:
         with self._lock(target):
             unlink(target)
 
-    def warn_full(self, why: str) -> None:
-        """Once: the disk is full."""
+    def warn(self, why: str) -> None:
+        """Once: why files cannot be kept."""
         if not self._warned:
             self._warned = True
             log.warning("%s; reading byte ranges from the store meanwhile", why)
@@ -221,10 +229,9 @@ class ShardCache:
                 weakref.finalize(self, _withdraw, self._announced, path).atexit = False
                 return
 
-    def _bound(self) -> tuple[int, int]:
-        """The largest capacity that somebody has announced, and the bytes that all are about to write. Call with the lock
-        ``evict`` held."""
-        found, promised = self.capacity, 0
+    def _bound(self) -> Bound:
+        """What is announced. Call with the lock ``evict`` held."""
+        found, promised, users = self.capacity, 0, 0
         for entry in os.scandir(os.path.join(self.root, "locks")):
             if not entry.name.startswith(_BOUND):
                 continue
@@ -232,10 +239,12 @@ class ShardCache:
                 lock = _Lock(entry.path, wait=False)
             except BlockingIOError:
                 found = max(found, int(entry.name.removeprefix(_BOUND).split(".")[0]))
-                promised += entry.stat().st_size
+                with suppress(FileNotFoundError):  # just withdrawn
+                    promised += os.stat(entry.path).st_size
+                users += 1
             else:  # its owner was killed
                 _withdraw(lock, entry.path)
-        return found, promised
+        return Bound(found, promised, users)
 
     def _target(self, fingerprint: str, path: str) -> str:
         return os.path.join(self.root, fingerprint.rpartition(":")[2][:16], quote(path, safe=""))
@@ -274,8 +283,8 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 found.append((entry.stat().st_mtime_ns, _bytes(entry), entry.path))
         shards = sorted(f for f in found if not f[2].endswith(".part"))
-        bound, promised = self._bound()
-        excess = sum(f[1] for f in found) + promised + size - bound
+        bound = self._bound()
+        excess = sum(f[1] for f in found) + bound.promised + size - bound.capacity
         if excess > sum(f[1] for f in shards):
             return None
         while excess > 0:
@@ -377,7 +386,8 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _bytes(entry: os.DirEntry[str]) -> int:
     status = entry.stat()
-    return status.st_blocks * 512 if entry.name.endswith(ShardCache.SOME) else status.st_size
+    name = entry.name.rsplit(".", 2)[0] if entry.name.endswith(".part") else entry.name
+    return status.st_blocks * 512 if name.endswith(ShardCache.SOME) else status.st_size
 
 
 def unlink(path: str) -> None:

@@ -150,7 +150,7 @@ class Reader:
 
     def fill(self, samples: Ids, target: Target, rows: Ids | None = None, wait: bool = True) -> None:
         """Read ``samples`` into the ``rows`` of a target (all of them, in order, if not given)."""
-        self._watch.check()
+        self._check()
         at = self.windows.locate(samples)
         if self._direct is None or not self._fill_direct(self._direct, at, target, rows, wait):
             self._fill_ranges(at, target.data.numpy(), rows, wait)
@@ -202,35 +202,53 @@ class Reader:
             pieces = [(piece, row) for piece, row in pieces if not self._kept(piece, out[row])]
         blocks = coalesce(pieces, self.gap)
         for block, content in self._contents(blocks, wait):
+            right = content
             try:
                 self._decode(block, content, out)
             except DataError:
-                self._watch.check(now=True)
+                self._check(now=True)
                 if self.dataset.store.is_local:
                     raise  # the file is what it is
-                self._decode(block, self._again(block), out)
+                right = self._again(block)
+                self._decode(block, right, out)
+            if self.ranges is not None:
+                self._keep(block, right)
         if self.dataset.store.is_local:
             self.metrics.add(fetched=sum(block.stop - block.start for block in blocks))
 
     def _kept(self, piece: Piece, out: NDArray[Any]) -> bool:
-        """Fill in a piece from the ranges that were kept, if its chunks are all there."""
+        """Fill in a piece from the chunks that were kept, if all of its own are there."""
         file = self._file(piece.path) if piece.start < piece.stop else None
-        content = file.read(piece.start, piece.stop, self._scratch) if file else None
-        if file is None or content is None:
+        if file is None:
             return False
+        content = file.read(piece.start, piece.stop, self._scratch)
         try:
-            self.windows.array.decode(piece, content, out)
+            if content is not None:
+                self.windows.array.decode(piece, content, out)
+                return True
         except DataError:
-            if not file.mark and self.ranges is not None:  # a whole copy, which rots
-                self.ranges.drop(self.dataset.fingerprint, piece.path)
-                self._files.forget(piece.path)
-            return False
-        return True
+            pass
+        if not file.mark and self.ranges is not None:  # a whole copy, which rots
+            self.ranges.drop(self.dataset.fingerprint, piece.path)
+            self._files.forget(piece.path)
+        return False
 
-    def _keep(self, block: Block, data: bytes) -> None:
+    def _keep(self, block: Block, content: memoryview) -> None:
+        """Of a block that was decoded: without what lies between its pieces, which nobody has verified."""
         file = self._file(block.path)
         if self.ranges is not None and file is not None and file.mark:
-            self.ranges.keep(file.descriptor, block.start, data)
+            for piece, _ in block.members:
+                data = content[piece.start - block.start : piece.stop - block.start]
+                self.ranges.keep(file.descriptor, piece.start, data)
+
+    def _check(self, now: bool = False) -> None:
+        """``DataError`` if the data set was replaced; what was kept of it may then be of the other."""
+        try:
+            self._watch.check(now)
+        except DataError:
+            if self.ranges is not None:
+                self.ranges.forget(self.dataset.fingerprint)
+            raise
 
     def _held(self, path: str, start: int, stop: int, wait: bool) -> memoryview | None:
         """Bytes of a shard that is a file here, valid until the thread's next read."""
@@ -285,13 +303,11 @@ class Reader:
         except NoBucket:
             raise
         except (ShortRead, NotFound) as error:  # the manifest lists the object, so the data set is damaged
-            self._watch.check(now=True)
+            self._check(now=True)
             raise DataError(str(error)) from error
         self.metrics.add(fetched=sum(map(len, fetched)))
         for block, data in zip(remote, fetched, strict=True):
             yield block, memoryview(data)
-            if self.ranges is not None:
-                self._keep(block, data)
 
     def _read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """From the store. An object that was replaced meanwhile must hold what the manifest says, as a whole."""
@@ -299,7 +315,7 @@ class Reader:
         try:
             return store.read_ranges(ranges, tags=tags)
         except Changed as error:
-            self._watch.check(now=True)
+            self._check(now=True)
             info = self.dataset.objects.get(error.path)
             if info is None or not info.at(store):
                 raise DataError(str(error)) from error
@@ -336,7 +352,12 @@ class Reader:
             return None
         if ranges is not None:
             part, size = ranges.part, info.size
-            return self._files.get(path, lambda: File.part(*part(self.dataset.fingerprint, path, size)))
+
+            def some() -> File | None:
+                found = part(self.dataset.fingerprint, path, size)
+                return None if found is None else File(found[0], mark=found[1])
+
+            return self._files.get(path, some)
         assert cache is not None
 
         def fetch() -> File | None:
@@ -367,7 +388,7 @@ class Reader:
         elif seen != file.identity and (self.always or seen is not None) and file.crc32() != info.crc32:
             why = "corrupt, or of another data set: its checksum differs from the manifest's"
         if why:
-            self._watch.check(now=True)
+            self._check(now=True)
             raise self.windows.array.damaged(path, why)
         self._identities[path] = file.identity
         return file

@@ -53,11 +53,6 @@ class File:
         except OSError:
             return None
 
-    @classmethod
-    def part(cls, descriptor: int, mark: bytes) -> File:
-        """A copy of some of a shard's bytes."""
-        return cls(descriptor, mark=mark)
-
     def crc32(self) -> int | None:
         """Of all its bytes; ``None`` if it cannot be read."""
         found, scratch = 0, Scratch()

@@ -8,12 +8,14 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from datamodules.format import Dataset
+from datamodules.data import FieldsConfig, FieldsData
+from datamodules.format import DataError, Dataset
 from datamodules.store import Store
 from datamodules.stream import fetch as fetch_module
 from datamodules.stream import ranges as ranges_module
@@ -101,9 +103,8 @@ def test_a_copy_made_anew_under_the_same_inode_is_another(memory: str, tmp_path:
     reader.batch(IDS)  # all verified
     identity = reader._file(path := reader.windows.array.shard_path(0)).identity  # type: ignore[union-attr]
     for shard in range(4):
-        name = reader.windows.array.shard_path(shard)
-        reader._files.forget(name)
-        reader.ranges.drop(reader.dataset.fingerprint, name)  # type: ignore[union-attr]
+        reader._files.forget(reader.windows.array.shard_path(shard))
+    reader.ranges.forget(reader.dataset.fingerprint)  # type: ignore[union-attr]
     assert parts(tmp_path) == []
     assert torch.equal(reader.batch(IDS[:1])["fields"], right[:1])
     again = reader._file(path).identity  # type: ignore[union-attr]
@@ -126,24 +127,135 @@ def test_a_whole_copy_serves_and_one_that_rots_is_dropped(memory: str, tmp_path:
     assert torch.equal(reader_of(memory, tmp_path).batch(IDS)["fields"], right) and len(parts(tmp_path)) == 1
 
 
-def test_a_full_disk_costs_the_copies_alone(
-    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("from_byte", [0, ranges_module.MARK])
+def test_a_full_or_broken_disk_costs_the_copies_alone(
+    memory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    from_byte: int,
 ) -> None:
     write(memory)
     right, really = expected(memory), os.pwrite
 
-    def full(descriptor: int, data: bytes, offset: int) -> int:
-        if len(data) > ranges_module.MARK:
+    def broken(descriptor: int, data: bytes, offset: int) -> int:
+        if len(data) > from_byte:
             really(descriptor, data[: len(data) // 2], offset)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         return really(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    reader = reader_of(memory, tmp_path)
+    monkeypatch.setattr(os, "pwrite", broken)
+    reader, before = reader_of(memory, tmp_path), len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert torch.equal(reader.batch(IDS)["fields"], right)
     assert reader.metrics.fetched == 2 * 10 * 2 * FRAME
-    assert [record.getMessage().count("no space left") for record in caplog.records] == [1]
+    assert [record.getMessage().count(os.strerror(code)) for record in caplog.records] == [1]
+    assert len(os.listdir("/proc/self/fd")) <= before + len(parts(tmp_path)) and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_folder_that_takes_no_files_costs_the_copies_alone(
+    memory: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(memory)
+    (tmp_path / "file").touch()
+    data = FieldsData(FieldsConfig(url=memory, frames=2, stride=7, cache=str(tmp_path / "file")), global_batch=2)
+    reader = data.reader("train")
+    assert reader.ranges is None and torch.equal(reader.batch(IDS)["fields"], expected(memory))
+    assert "byte ranges are read in every epoch" in caplog.records[0].getMessage()
+
+
+class Flipping(Store):
+    """Of the first `count` answers, one bit at `at` is wrong."""
+
+    count, at = 1, 0
+
+    def read_ranges(self, requests: Any, sinks: Any = None, tags: Any = None) -> list[bytes]:
+        found = super().read_ranges(requests, sinks, tags)
+        if self.count and requests[0][2] - requests[0][1] > self.at and sinks is None:
+            self.count -= 1
+            data = bytearray(found[0])
+            data[self.at] ^= 1
+            found[0] = bytes(data)
+        return found
+
+
+@pytest.mark.parametrize("gap", [0, 1 << 20])
+def test_nothing_is_kept_but_what_was_verified(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int
+) -> None:
+    """A request runs over chunks that are there and known to be right; the answer is wrong in one of them, or in one that
+    was asked for."""
+    write(memory)
+    right, other = expected(memory), reader_of(memory, tmp_path)
+    other.batch(IDS[1:2])
+    other.batch(IDS[1:2])
+    monkeypatch.setattr(fetch_module, "REMOTE_GAP", gap)
+    monkeypatch.setattr(fetch_module, "WASTE", 1)
+    reader = reader_of(memory, tmp_path)
+    store = Flipping(memory)
+    store.at = 7 * FRAME + 100 if gap else 100  # in the frames of trajectory 1, or of trajectory 0
+    reader.dataset.store = store  # type: ignore[misc]
+    assert torch.equal(reader.batch(IDS[[0, 2]])["fields"], right[[0, 2]]) and store.count == 0
+    assert torch.equal(other.batch(IDS[:3])["fields"], right[:3])
+    fetched = other.metrics.fetched
+    assert torch.equal(reader_of(memory, tmp_path).batch(IDS[:3])["fields"], right[:3])
+    assert other.metrics.fetched == fetched == 2 * FRAME  # trajectory 1; the others were kept, and rightly
+
+
+def test_what_was_kept_of_a_data_set_that_was_replaced_is_forgotten(memory: str, tmp_path: Path) -> None:
+    write(memory)
+    reader = reader_of(memory, tmp_path)
+    reader.batch(IDS)
+    assert len(parts(tmp_path)) == 4
+    write_fields(memory, trajectories=12, side=SIDE, extra={"nu": np.ones(12, np.float32)})
+    reader._watch._next = 0.0
+    with pytest.raises(DataError, match="changed while it was read"):
+        for _ in range(100):
+            reader.batch(IDS)
+            time.sleep(0.05)
+    assert not parts(tmp_path)
+
+
+def _keep(cache: RangeCache, folder: str, results: multiprocessing.SimpleQueue[bool]) -> None:  # type: ignore[type-arg]
+    others = [os.open(f"{folder}/{i}", os.O_RDWR | os.O_CREAT) for i in range(20)]
+    for descriptor in others:
+        os.write(descriptor, b"of somebody else")
+    descriptor, mark = cache.part("f" * 64, "path", 1 << 20)  # type: ignore[misc]
+    cache.keep(descriptor, 0, b"x" * 1000)
+    results.put(bool(mark) and os.pread(descriptor, 1000, 0) == b"x" * 1000)
+    results.put(all(os.fstat(other).st_size == 16 for other in others))
+
+
+def test_a_forked_process_touches_no_file_but_its_own(tmp_path: Path) -> None:
+    cache = RangeCache(str(tmp_path / "cache"), BOUND)
+    cache.keep(cache.part("f" * 64, "other", 1 << 20)[0], 0, b"x")  # type: ignore[index]
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    worker = context.Process(target=_keep, args=(cache, str(tmp_path), results))
+    worker.start()
+    worker.join(20)
+    assert worker.exitcode == 0 and [results.get(), results.get()] == [True, True]
+
+
+def test_a_cache_that_is_full_is_not_asked_for_every_block(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(memory)
+    reader, looks = reader_of(memory, tmp_path, bound=3 * FRAME), [0]
+    evict = RangeCache._evict
+
+    def counted(self: RangeCache, size: int) -> Any:
+        looks[0] += 1
+        return evict(self, size)
+
+    monkeypatch.setattr(RangeCache, "_evict", counted)
+    hog = RangeCache(str(tmp_path), 3 * FRAME)
+    assert hog._more(2 * FRAME) and looks == [1]
+    for _ in range(3):
+        reader.batch(IDS)
+    assert looks == [2] and reader.metrics.fetched == 3 * 10 * 2 * FRAME
 
 
 def _read(reader: Reader, seed: int, results: multiprocessing.SimpleQueue[bool]) -> None:  # type: ignore[type-arg]
@@ -184,7 +296,9 @@ def test_processes_write_the_same_copies_within_the_bound(tmp_path: Path, share:
 def test_the_room_that_others_were_given_counts(memory: str, tmp_path: Path) -> None:
     """A lump is taken ahead of what is written, so that not every write looks at the whole folder."""
     first, second = RangeCache(str(tmp_path), BOUND), RangeCache(str(tmp_path), BOUND)
-    assert first._more(BOUND * 3 // 4) and not second._more(BOUND // 2) and second._more(BOUND // 8)
+    assert first._more(BOUND * 3 // 4) and not second._more(BOUND // 2)
+    second._later = 0.0
+    assert second._more(BOUND // 8)
     del first
     assert second._more(BOUND // 2)  # what a process that ended had not written is free again
 

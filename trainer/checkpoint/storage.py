@@ -4,8 +4,9 @@ The stock readers unpickle their metadata; here it is plain data that says where
 can be read by anybody and executed by nobody. Every chunk carries its crc32c, checked when it is read.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future as Promise
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -32,6 +33,15 @@ _BATCH = 64 << 20  # bytes asked for at once; two batches are on their way
 _RANGE = 8 << 20  # a larger chunk comes over several connections
 
 Chunk = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A chunk of a tensor that is to be read, into `place` if that is given."""
+
+    name: str
+    chunk: Chunk
+    place: np.ndarray | None = None
+    tag: Any = None
 
 
 class ShardReader(StorageReader):
@@ -77,18 +87,23 @@ class ShardReader(StorageReader):
             chunk, first = _trim(_find_chunk(self.tensors[name], item.storage_index), item)
             target = planner.resolve_tensor(item).detach()
             jobs.append(Job(name, chunk, self._place(name, chunk, target, item), (item, first, target)))
-        for job, raw in _fetch(self.folder, jobs):
-            item, first, target = job.tag
-            if job.place is None:
-                source = decode(raw, self.tensors[job.name]["dtype"], job.chunk["shape"])
-                starts = (item.storage_offsets[0] - first, *item.storage_offsets[1:]) if first else item.storage_offsets
-                for dim, (start, length) in enumerate(zip(starts, item.lengths, strict=True)):
-                    source = source.narrow(dim, start, length)
-                fill(target, source)
-            planner.commit_tensor(item, target)
+        with contextlib.closing(_fetch(self.folder, jobs)) as fetched:  # or reads might outlive an error, and write on
+            for job, raw in fetched:
+                if job.place is None:
+                    self._copy(job, raw)
+                planner.commit_tensor(job.tag[0], job.tag[2])
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _copy(self, job: Job, raw: np.ndarray) -> None:
+        """The wanted part of a chunk into its tensor."""
+        item, first, target = job.tag
+        source = decode(raw, self.tensors[job.name]["dtype"], job.chunk["shape"])
+        starts = (item.storage_offsets[0] - first, *item.storage_offsets[1:]) if first else item.storage_offsets
+        for dim, (start, length) in enumerate(zip(starts, item.lengths, strict=True)):
+            source = source.narrow(dim, start, length)
+        fill(target, source)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -100,15 +115,6 @@ class ShardReader(StorageReader):
         plain = target.device.type == "cpu" and target.is_contiguous()
         same = target.dtype == getattr(torch, self.tensors[name]["dtype"])
         return as_bytes(target) if whole and plain and same else None
-
-
-class Job(NamedTuple):
-    """A chunk of a tensor that is to be read, into `place` if that is given."""
-
-    name: str
-    chunk: Chunk
-    place: np.ndarray | None = None
-    tag: Any = None
 
 
 class _Range:
@@ -148,7 +154,7 @@ def read_full(folder: Store, tensors: dict[str, Any], names: Sequence[str]) -> d
     return out
 
 
-def _fetch(folder: Store, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+def _fetch(folder: Store, jobs: list[Job]) -> Generator[tuple[Job, np.ndarray], None, None]:
     """Each job with its bytes, in the order of the files; reads ahead.
 
     Raises:
@@ -163,7 +169,7 @@ def _fetch(folder: Store, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
                 ahead += [pool.submit(_read, folder, jobs) for jobs in later]
                 yield from zip(batch, ahead.pop(0).result(), strict=True)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _read(folder: Store, jobs: list[Job]) -> list[np.ndarray]:
