@@ -169,9 +169,9 @@ def sharded(url: str, file: str) -> list[bool]:
     reads: list[int] = []
     ranges = Store.read_ranges
 
-    def counted(store: Store, requests: Any) -> list[bytes]:
+    def counted(store: Store, requests: Any, sinks: Any = None) -> list[bytes]:
         reads.extend(end - start for _, start, end in requests)
-        return ranges(store, requests)
+        return ranges(store, requests, sinks)
 
     Store.read_ranges = counted  # type: ignore[method-assign]
     for source in (url, file):
