@@ -1,5 +1,6 @@
 """No callback of a run waits for the device in a healthy step."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,18 @@ from trainer.checkpoint import Checkpointer
 from trainer.records import MetricsWriter, start_attempt
 
 
-def test_a_healthy_step_never_reads_the_device(tmp_path: Path) -> None:
+@pytest.fixture
+def group() -> Iterator[None]:
+    began = not dist.is_initialized()
+    if began:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if began:
+        dist.destroy_process_group()
+
+
+def test_a_healthy_step_never_reads_the_device(tmp_path: Path, group: None) -> None:
     """All callbacks of a run in their order. On the meta device every read of a value raises."""
-    dist.is_initialized() or dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     overrides = [
         "train.ema_decay=0.9",
         "train.val_every=1000",
