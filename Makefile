@@ -8,7 +8,7 @@ PROCESSES ?= 2
 .PHONY: help setup demo test lint gpu-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
 setup:  ## create .venv with torch, the project and what its tests need
 	@bash scripts/setup.sh
@@ -28,5 +28,5 @@ gpu-check: setup  ## on a machine with a CUDA GPU: strategies, precisions, memor
 	@$(VENV) scripts/gpu_check.py --markdown docs/results/gpu.md $(ARGS)
 
 clean:  ## remove caches and the demo's output, keep .venv
-	@rm -rf .keel .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt
+	@rm -rf .keel/demo-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

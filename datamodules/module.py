@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning
+import numpy as np
 from omegaconf import MISSING
 
 from datamodules.format import Array, DataError, Dataset
@@ -51,8 +52,8 @@ class StreamConfig:
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
             the cache has room for those in use and an epoch uses at least half of their bytes, as of few frames of each
             trajectory it does not; else ranges, which it keeps if the cache has room for those of an epoch.
-        verify: checksums of local files (and cached ones) are compared at the ``first`` read of a process, and again once
-            a file was written to, or ``always``, and then each local shard as a whole against the manifest, too: only that
+        verify: checksums of local files are compared at the ``first`` read of a process, and again once a file was written
+            to, and of cached ones at the ``first`` read, or ``always``, and then each local shard as a whole against the manifest, too: only that
             tells a shard from an intact one of another data set. What comes from a remote store is always verified.
         read_ahead: micro-batches read ahead of the consumer; 0 reads in its own thread.
         read_ahead_bytes: bound on what they hold together.
@@ -323,13 +324,13 @@ class StreamingDataModule(lightning.LightningDataModule):
         The shards in use, those of ``window_shards`` groups, and as many more, if there are: what is read ahead of the end of
         a window lies anywhere in the next one.
         """
-        sizes = self._sizes(windows)
-        groups = min(2 * window_shards, -(-windows.samples // windows.group))
+        sizes, groups = self._sizes(windows), min(2 * window_shards, -(-windows.samples // windows.group))
         return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
 
     def epoch_bytes(self, windows: Windows) -> int:
-        """Stored bytes that an epoch reads, at most."""
-        return int(windows.share * sum(self._sizes(windows)))
+        """Stored bytes that an epoch reads, about: chunks that windows use in part count in part."""
+        each = int(np.prod(windows.shape)) * windows.array.spec.numpy_dtype.itemsize
+        return min(int(windows.share * sum(self._sizes(windows))), windows.samples * each)
 
     def _sizes(self, windows: Windows) -> list[int]:
         paths = (windows.array.shard_path(k) for k in range(windows.array.shards))
@@ -355,11 +356,10 @@ class StreamingDataModule(lightning.LightningDataModule):
 
     def _range_cache(self, windows: Windows, taken: int) -> RangeCache | None:
         """Where there is room for all that an epoch reads: of less, little would be there when its turn comes."""
-        config = self.config
-        if self.epoch_bytes(windows) + taken <= config.cache_bytes:
-            self._ranges = self._ranges or RangeCache.open_at(config.cache, config.cache_bytes)
-            return self._ranges
-        return None
+        if self.epoch_bytes(windows) + taken > self.config.cache_bytes:
+            return None
+        self._ranges = self._ranges or RangeCache.open_at(self.config.cache, self.config.cache_bytes)
+        return self._ranges
 
     def _horizon(self) -> int:
         """Samples of this rank until shards other than the present ones are in use."""

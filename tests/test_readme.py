@@ -12,6 +12,8 @@ import yaml
 from cluster import cli
 from cluster.launch import code
 from cluster.launch.cluster_config import load
+from trainer import build
+from trainer import config as configs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,7 +31,7 @@ MAKE = [line for line in LINES if line.startswith("make ")]
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 def test_readme_shows_commands() -> None:
@@ -45,6 +47,14 @@ def test_keel_command_parses_and_names_real_configs(line: str) -> None:
     for word in words:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file(), f"{word} does not exist"
+
+
+@pytest.mark.parametrize("line", [line for line in KEEL if line.startswith(("keel train configs/", "keel dryrun "))])
+def test_a_run_that_is_shown_is_not_refused(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is checked before anything starts, but for the data."""
+    monkeypatch.chdir(ROOT)
+    args = cli.parse(shlex.split(line)[1:])
+    build.check(configs.load(args.config, args.overrides))
 
 
 @pytest.mark.parametrize("line", [line for line in KEEL if line.startswith("keel submit ")])

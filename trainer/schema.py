@@ -73,7 +73,11 @@ class TrainConfig:
 
 @dataclass
 class ResourcesConfig:
-    """What one run occupies. `threads`: CPU threads per process (0: cores divided by processes)."""
+    """What one run occupies.
+
+    accelerator: `cuda`, `cpu`, or `auto`: CUDA where each process of a node has a GPU, else the CPU.
+    threads: CPU threads per process (0: cores divided by processes).
+    """
 
     accelerator: str = "auto"
     nodes: int = 1

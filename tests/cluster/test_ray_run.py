@@ -19,7 +19,7 @@ from cluster.launch.code import ROOT
 from datamodules.store import Store
 from tests.conftest import S3Server
 from tests.helpers.ray import RayCluster
-from tests.helpers.runs import fno_config, tiny_fields
+from tests.helpers.runs import fno_config, slowed, tiny_fields
 from tests.helpers.slurm import wait_until
 from trainer.checkpoint import committed_steps
 from trainer.records import read_attempts, read_metrics, read_record, read_trace
@@ -39,7 +39,7 @@ def place(s3: S3Server, ray_cluster: RayCluster, tmp_path: Path, monkeypatch: py
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     cluster = yaml.safe_load(CLUSTER.read_text())
     cluster |= {"python": sys.executable, "heartbeat_s": 1, "rendezvous": {"lost_s": 10}}
-    cluster |= {"env": {"OMP_NUM_THREADS": "1", "KEEL_CODE_CACHE": str(tmp_path / "code")}}
+    cluster |= {"env": {"OMP_NUM_THREADS": "1", "KEEL_CODE_CACHE": str(tmp_path / "code"), **slowed(0.03)}}
     (tmp_path / "ray.yaml").write_text(yaml.safe_dump(cluster))
     return tmp_path
 

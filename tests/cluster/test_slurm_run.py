@@ -15,7 +15,7 @@ from cluster import cli
 from cluster.launch import job as jobs
 from datamodules.store import Store
 from tests.conftest import S3Server
-from tests.helpers.runs import fno_config, tiny_fields
+from tests.helpers.runs import fno_config, slowed, tiny_fields
 from tests.helpers.slurm import SlurmCluster, wait_until
 from trainer.checkpoint import committed_steps
 from trainer.records import read_attempts, read_metrics, read_record, read_trace
@@ -30,12 +30,12 @@ def place(s3: S3Server, slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = tiny_fields(s3.url("fields"))
     raw = fno_config(s3.url("run"), data, max_steps=10**6)
-    raw |= {"diagnostics": {"every": 0, "names": []}, "checkpoint": {"every": 200}}
+    raw |= {"diagnostics": {"every": 0, "names": []}, "checkpoint": {"every": 50}}
     raw["schedule"] = {"name": "constant"}  # how long a run is does not change its steps
     raw["log"] |= {"every": 20}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     cluster = yaml.safe_load(CLUSTER.read_text())
-    cluster |= {"python": sys.executable, "env": {"OMP_NUM_THREADS": "1"}, "heartbeat_s": 1}
+    cluster |= {"python": sys.executable, "env": {"OMP_NUM_THREADS": "1", **slowed(0.03)}, "heartbeat_s": 1}
     cluster["slurm"] |= {"logs": str(tmp_path), "signal_s": 20}
     (tmp_path / "slurm.yaml").write_text(yaml.safe_dump(cluster))
     return tmp_path

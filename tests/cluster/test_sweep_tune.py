@@ -166,16 +166,16 @@ def test_early_stops_one_after_the_other_without_a_dashboard(data: str, tmp_path
     found = results(config)
     assert [row["status"] for row in found.values()] == ["pruned", "pruned"]
     assert all(2 < row["steps"] < 2000 for row in found.values())  # by themselves, at a validation after the first
-    config = sweep_of(
-        tmp_path / "search", data, random={"samples": 1, "axes": {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}}
-    )
-    (tmp_path / "search").mkdir()
+
+
+def test_a_search_goes_on_where_it_was(ray_cluster: RayCluster, data: str, tmp_path: Path) -> None:
+    config = sweep_of(tmp_path, data, random={"samples": 1, "axes": {"optim.lr": {"log_uniform": [1e-4, 1e-1]}}})
     config["tune"] = {"search": "optuna", "search_options": {"seed": 1}}
-    drive(tmp_path / "search", config)
+    drive(tmp_path, config)
     first = results(config)
     assert len(first) == 1 and all(1e-4 <= lr <= 1e-1 for lr in first)
     config["random"]["samples"] = 2
-    drive(tmp_path / "search", config)
+    drive(tmp_path, config)
     assert len(results(config)) == 2 and first.items() <= results(config).items()
 
 

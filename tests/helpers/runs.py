@@ -1,5 +1,6 @@
 """Tiny data sets and run configs on which the whole path takes seconds."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,8 @@ def lm_config(url: str, data: str, **train: Any) -> dict[str, Any]:
         "data": {"name": "text", "url": data, "window_shards": 2},
         "diagnostics": {"every": 4, "names": ["gradients", "logits"]},
     }
+
+
+def slowed(seconds: float) -> dict[str, str]:
+    """Environment of workers whose steps take that long, and next to none of a processor's time."""
+    return {"KEEL_TEST_STEP_S": str(seconds), "PYTHONPATH": str(Path(__file__).parent / "slow")}

@@ -147,7 +147,8 @@ class Checkpointer:
         decay) stay those of `optimizers`.
 
         Raises:
-            CheckpointError: not committed, damaged, or made for another network (the tensors are named).
+            CheckpointError: not committed, damaged (tensors may then hold wrong bytes: load another step, or end), or made
+                for another network (the tensors are named).
         """
         self.wait()
         store = source or self.store

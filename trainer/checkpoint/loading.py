@@ -23,7 +23,7 @@ def load_tensors(folder: Store, table: dict[str, Any], tensors: dict[str, torch.
     """Fills `tensors` (live ones, DTensors where sharded) from the entries of the same names in `table`. Collective.
 
     Raises:
-        CorruptCheckpoint: bytes that are not those which were committed.
+        CorruptCheckpoint: bytes that are not those which were committed; some of these may be in `tensors` by then.
         CheckpointError: the store refused.
     """
     reader = ShardReader(folder, table)
