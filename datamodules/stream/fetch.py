@@ -219,7 +219,7 @@ class Reader:
     def _kept(self, piece: Piece, out: NDArray[Any]) -> bool:
         """Fill in a piece from the chunks that were kept, if all of its own are there."""
         file = self._file(piece.path) if piece.start < piece.stop else None
-        if file is None:
+        if file is None or (file.mark and file.empty(piece.start, piece.stop)):
             return False
         content = file.read(piece.start, piece.stop, self._scratch)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -75,6 +76,13 @@ class File:
                 return None
             done += count
         return view
+
+    def empty(self, start: int, stop: int) -> bool:
+        """Whether the file system tells that nothing was ever written to [start, stop); most do."""
+        try:
+            return os.lseek(self.descriptor, start, os.SEEK_DATA) >= stop
+        except OSError as error:
+            return error.errno == errno.ENXIO  # nor behind it
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -21,6 +21,7 @@ from datamodules.stream import fetch as fetch_module
 from datamodules.stream import ranges as ranges_module
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
+from datamodules.stream.files import File
 from datamodules.stream.ranges import RangeCache
 
 from .samples import fields_reader, write_fields
@@ -68,6 +69,14 @@ def test_ranges_are_fetched_once_and_nothing_else(memory: str, tmp_path: Path, l
     assert torch.equal(later.batch(IDS)["fields"], right)
     assert later.metrics.fetched == 0 if level is None else later.metrics.fetched < fetched / 100  # indices of shards
     assert reader.caches == 0  # no whole shard is ever asked for
+
+
+def test_what_was_never_written_is_not_read(tmp_path: Path) -> None:
+    cache = RangeCache(str(tmp_path), BOUND)
+    file = File(*cache.part("f" * 64, "path", 1 << 20)[:1], mark=b"x")  # type: ignore[index]
+    cache.keep(file.descriptor, 1 << 16, b"x" * 100)
+    assert file.empty(0, 1 << 16) and file.empty(1 << 17, 1 << 18) and not file.empty(0, (1 << 16) + 1)
+    assert not file.empty((1 << 16) + 50, (1 << 16) + 60)
 
 
 def test_what_is_missing_is_fetched_and_no_more(memory: str, tmp_path: Path) -> None:
