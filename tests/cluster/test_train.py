@@ -16,7 +16,6 @@ import pytest
 
 from cluster import cli
 from datamodules.store import Store
-from tests.helpers.runs import slowed
 from trainer.records import read_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -119,8 +118,6 @@ def test_a_dead_run_is_told_from_a_slow_one_and_ends_when_asked(
     """A run under `keel train`: stopped, it is stalled; its launcher killed, no worker is left over, and it is dead; resumed,
     it ends by a request in the store, which is the only way to it."""
     monkeypatch.setenv("KEEL_HEARTBEAT_S", "0.3")
-    for name, value in slowed(0.03).items():
-        monkeypatch.setenv(name, value)
     url = str(tmp_path / "run")
     words = ("train", "configs/runs/demo_fno.yaml", f"url={url}", f"data.url={data}")
     launcher = launched(*words, *SMALL, "train.max_steps=100000", "checkpoint.every=3")
