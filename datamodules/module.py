@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import lightning
-import numpy as np
 from omegaconf import MISSING
 
 from datamodules.format import Array, DataError, Dataset
@@ -328,9 +327,9 @@ class StreamingDataModule(lightning.LightningDataModule):
         return min(sum(sizes), max(sizes, default=0) * windows.touched * groups)
 
     def epoch_bytes(self, windows: Windows) -> int:
-        """Stored bytes that an epoch reads, about: chunks that windows use in part count in part."""
-        each = int(np.prod(windows.shape)) * windows.array.spec.numpy_dtype.itemsize
-        return min(int(windows.share * sum(self._sizes(windows))), windows.samples * each)
+        """Stored bytes that an epoch reads, at most: chunks are read whole."""
+        spec, used = windows.array.spec, windows.share if windows.array.spec.chunk_length == 1 else 1.0
+        return min(int(used * sum(self._sizes(windows))), windows.samples * windows.entries * spec.payload_bytes)
 
     def _sizes(self, windows: Windows) -> list[int]:
         paths = (windows.array.shard_path(k) for k in range(windows.array.shards))

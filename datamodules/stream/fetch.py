@@ -315,6 +315,9 @@ class Reader:
         try:
             return store.read_ranges(ranges, tags=tags)
         except Changed as error:
+            if self.ranges is not None:  # what was kept may be of either
+                self.ranges.drop(self.dataset.fingerprint, error.path)
+                self._files.forget(error.path)
             self._check(now=True)
             info = self.dataset.objects.get(error.path)
             if info is None or not info.at(store):

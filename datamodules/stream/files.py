@@ -109,8 +109,11 @@ class Files:
             self._open.pop(name, None)
             if file is not None:
                 self._open[name] = (file, self._clock())
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
+            while self._open:
+                oldest = next(iter(self._open))
+                if len(self._open) <= OPEN_FILES and self._clock() - self._open[oldest][1] < OPEN_SECONDS:
+                    break
+                del self._open[oldest]
         return file
 
     def forget(self, name: str) -> None:

@@ -7,7 +7,7 @@ order, ranks and runs may write one file at the same time, and whoever reads a c
 whose checksum was right are written: what was right stays so.
 
 A checksum does not tell a chunk of this data set from an intact one of another. A whole shard is compared with the manifest;
-of ranges, those of a data set that was found to be replaced are forgotten.
+of ranges, those of a data set that was found to be replaced are forgotten, and its readers keep no more of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from typing import Any
 
 from datamodules.format.crc import crc32c
 
@@ -27,7 +28,18 @@ MARK = 16  # bytes behind the shard's, which tell a copy from one that was evict
 LUMP = 64 << 20  # bytes of room that a process takes at a time, at most
 PATIENCE_S = 5.0  # that a cache which was full is left alone
 _PAGE = 4096  # files grow by whole blocks
+_TRIES = 8
+_FORGOTTEN = "forgotten"  # file that tells when what was kept of a data set was dropped
+_forked = threading.Lock()
 log = logging.getLogger(__name__)
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class RangeCache(ShardCache):
@@ -38,7 +50,11 @@ class RangeCache(ShardCache):
 
     def __init__(self, root: str, capacity: int) -> None:
         super().__init__(root, capacity)
+        self._born = time.time()
         self._begin()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RangeCache.open_at, (self.root, self.capacity)
 
     @classmethod
     def open_at(cls, root: str, capacity: int) -> RangeCache | None:
@@ -50,9 +66,10 @@ class RangeCache(ShardCache):
             return None
 
     def _begin(self) -> None:
-        self._process, self._turn = os.getpid(), threading.Lock()
+        self._turn = threading.Lock()
         self._room = self._flying = 0  # bytes that may be written, and those that are being written
         self._later = -float("inf")
+        self._process = os.getpid()
 
     @staticmethod
     def suits(chunk_bytes: int) -> bool:
@@ -70,9 +87,15 @@ class RangeCache(ShardCache):
             if descriptor is not None:
                 return descriptor, b""
             target = self._target(fingerprint, path) + self.SOME
-            while (descriptor := self._open(target, size + MARK, os.O_RDWR)) is None:
+            for _ in range(_TRIES):
+                descriptor = self._open(target, size + MARK, os.O_RDWR)
+                if descriptor is not None and self._forgotten(target):
+                    os.close(descriptor)
+                    return None
+                if descriptor is not None:
+                    return descriptor, os.pread(descriptor, MARK, size)
                 self._make(target, size)
-            return descriptor, os.pread(descriptor, MARK, size)
+            return None
         except OSError as error:
             if descriptor is not None:
                 os.close(descriptor)
@@ -92,30 +115,34 @@ class RangeCache(ShardCache):
             with suppress(FileNotFoundError):
                 if os.stat(target).st_size != size + MARK:
                     unlink(target)
-            with suppress(FileExistsError):
+            with suppress(FileExistsError, FileNotFoundError):  # made by another, or swept by one
                 os.link(part, target)
         finally:
             unlink(part)
 
     def keep(self, descriptor: int, start: int, data: bytes | memoryview) -> None:
         """Write verified chunks of a shard to its copy, if there is room."""
-        if self._process != os.getpid():  # forked: what the parent announced is not this process's
-            self._announce()
-            self._begin()
         cost = len(data) + 2 * _PAGE
-        with self._turn:
-            if cost > self._room and not self._more(cost):
-                return
-            self._room -= cost
-            self._flying += cost
         try:
-            if os.fstat(descriptor).st_nlink:  # it was not evicted
-                os.pwrite(descriptor, data, start)  # what a full disk cuts short fits no checksum
-        except OSError as error:
-            self.warn(f"{self.root}: {error}")
-        finally:
+            if self._process != os.getpid():  # forked: what the parent announced is not this process's
+                with _forked:
+                    if self._process != os.getpid():
+                        self._announce()
+                        self._begin()
             with self._turn:
-                self._flying -= cost
+                if cost > self._room and not self._more(cost):
+                    return
+                self._room -= cost
+                self._flying += cost
+            try:
+                if os.fstat(descriptor).st_nlink:  # it was neither evicted nor forgotten
+                    os.pwrite(descriptor, data, start)  # what a full disk cuts short fits no checksum
+            finally:
+                with self._turn:
+                    self._flying -= cost
+        except OSError as error:
+            self._later = time.monotonic() + PATIENCE_S
+            self.warn(f"{self.root}: {error}")
 
     def _more(self, cost: int) -> bool:
         """Take room for ``cost`` bytes and more; makes it by evicting others. Call with ``_turn`` held."""
@@ -133,9 +160,24 @@ class RangeCache(ShardCache):
         return room
 
     def forget(self, fingerprint: str) -> None:
-        """Drop all that was kept of a data set."""
+        """Drop all that was kept of a data set; none who reads it now keeps more."""
         folder = os.path.dirname(self._target(fingerprint, "any"))
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
+            with open(os.path.join(folder, _FORGOTTEN), "w"):
+                os.utime(os.path.join(folder, _FORGOTTEN))
             for entry in os.scandir(folder):
                 if entry.name.endswith(self.SOME):
                     unlink(entry.path)
+
+    def _forgotten(self, target: str) -> bool:
+        """Whether the data set of a copy was forgotten since this cache was opened."""
+        try:
+            return os.stat(os.path.join(os.path.dirname(target), _FORGOTTEN)).st_mtime >= self._born
+        except FileNotFoundError:
+            return False
+
+    def drop(self, fingerprint: str, path: str) -> None:
+        """Forget the copies of a shard. Without its lock, which is held while another process downloads it."""
+        with suppress(OSError):
+            for name in ("", self.SOME):
+                unlink(self._target(fingerprint, path) + name)
