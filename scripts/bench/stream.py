@@ -200,6 +200,27 @@ def start_ceph(folder: Path) -> Path:
     return folder / "log" / "requests.log"
 
 
+def joined(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several runs; of a case from a source those of the last run that has it, as the note says."""
+
+    def place(row: dict[str, Any]) -> tuple[str, str]:
+        return row["case"], row["source"]
+
+    found, *others = files
+    order = list(dict.fromkeys(map(place, found["rows"])))
+    for other in others:
+        again = list(dict.fromkeys(map(place, other["rows"])))
+        order += [which for which in again if which not in order]
+        for kind in ("rows", "limits"):
+            kept = [row for row in found[kind] if place(row) not in again]
+            found[kind] = sorted(kept + other[kind], key=lambda row: order.index(place(row)))
+        which = "Of these, " + " and ".join(f"{case} from {source}" for case, source in again)
+        found["note"] = (
+            f"{found['note']} {which}: measured again at {other['commit']}, load {other['load']:.1f}.".strip()
+        )
+    return found
+
+
 def main() -> None:
     arguments = parser(__doc__)
     names = list(cases(False))
@@ -215,10 +236,15 @@ def main() -> None:
     )
     arguments.add_argument("--folder", help="where to put data; a temporary folder if not given, removed at the end")
     arguments.add_argument("--note", default="", help="a sentence for the report: what else ran, for instance")
-    arguments.add_argument("--from-json", metavar="FILE", help="only make the tables of figures that were saved")
+    arguments.add_argument(
+        "--from-json",
+        metavar="FILE",
+        action="append",
+        help="only make the tables of figures that were saved; of several files the last that has a case counts",
+    )
     args = arguments.parse_args()
     if args.from_json:
-        figures = json.loads(Path(args.from_json).read_text())
+        figures = joined([json.loads(Path(file).read_text()) for file in args.from_json])
         report.show_all({**figures, "note": args.note or figures.get("note", "")}, args.markdown)
         return
     args.case, args.source = args.case or names, args.source or ["local", "s3"]

@@ -62,3 +62,24 @@ def test_the_report_says_what_each_aim_is_held_to(monkeypatch: pytest.MonkeyPatc
     assert found["windows, s3, keel (shards): cached over its limit"][3] == "not judged (yes)"
     page = stream_report.markdown(shown)
     assert "## What limits it" in page and "| 6 | 4 to 8 | no |" in page
+
+
+def test_a_case_that_was_measured_again_takes_the_place_of_the_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
+    import stream
+
+    def figures(commit: str, *places: tuple[str, str]) -> dict[str, Any]:
+        rows = [{"case": case, "source": source, "commit": commit} for case, source in places]
+        return {"rows": rows, "limits": list(rows), "note": "", "commit": commit, "load": 1.0}
+
+    old = figures("old", ("fields", "s3"), ("windows", "s3"), ("tokens", "s3"))
+    found = stream.joined([old, figures("new", ("windows", "s3"), ("windows", "local"))])
+    for kind in ("rows", "limits"):
+        told = [(row["case"], row["source"], row["commit"]) for row in found[kind]]
+        assert told == [
+            ("fields", "s3", "old"),
+            ("windows", "s3", "new"),
+            ("tokens", "s3", "old"),
+            ("windows", "local", "new"),
+        ]
+    assert found["note"] == "Of these, windows from s3 and windows from local: measured again at new, load 1.0."
