@@ -51,9 +51,9 @@ class StreamConfig:
         fetch: from a remote store, whole ``shards`` into the cache, or byte ``ranges`` each time; ``auto`` takes shards if
             the cache has room for those in use and an epoch uses at least half of their bytes, as of few frames of each
             trajectory it does not; else ranges, which it keeps if the cache has room for those of an epoch.
-        verify: checksums of local files are compared at the ``first`` read of a process, and again once a file was written
-            to, and of cached ones at the ``first`` read, or ``always``, and then each local shard as a whole against the manifest, too: only that
-            tells a shard from an intact one of another data set. What comes from a remote store is always verified.
+        verify: checksums of files are compared at the ``first`` read of a process (of local ones again once they were
+            written to), or ``always``, and then each local shard as a whole against the manifest, too: only that tells a
+            shard from an intact one of another data set. What comes from a remote store is always verified.
         read_ahead: micro-batches read ahead of the consumer; 0 reads in its own thread.
         read_ahead_bytes: bound on what they hold together.
         threads: threads that read ahead; 0 for 1 on local data (the consumer helps it) and 4 on remote.

@@ -40,7 +40,10 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = module.__loader__ = self.loader
         try:
             self.loader.exec_module(module)
-            sys.modules["torchmetrics.utilities.imports"]._MATPLOTLIB_AVAILABLE.available = False
+            # A plot that is asked for later then says what it lacks, and does not fail on a name.
+            flags = sys.modules.get(f"{_NAME}.utilities.imports")
+            if (flag := getattr(flags, "_MATPLOTLIB_AVAILABLE", None)) is not None:
+                flag.available = False
         finally:
             imports.RequirementCache.__bool__ = met
             imports.package_available = present

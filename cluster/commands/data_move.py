@@ -72,7 +72,7 @@ def _register_import(commands: Any) -> None:
             "Time-dependent fields become channels of `fields` [trajectory, time, channel, *space]; parameters, coefficients and\n"
             "masks become arrays of their own. Splits: by --split, by --train, --validation and --test, or by the folders\n"
             "train, valid and test that the files lie in; else all is for training. Interrupted, it goes on where it stopped.\n"
-            "Needs: pip install -e '.[import]'."
+            "Needs: pip install 'keel[import]'."
         ),
         example=(
             "keel data import datasets/active_matter --to s3://bucket/data/active_matter\n"

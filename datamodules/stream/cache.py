@@ -1,8 +1,8 @@
 """A local cache of whole shards: shared by all processes of a host, bounded in bytes, least recently used leaves first.
 
 Layout: ``<root>/<fingerprint prefix>/<quoted shard path>``, ``<...>.some`` for a copy that has only some of the shard's bytes
-(see ``ranges``), ``statistics-*`` (see ``normalisation``), ``<...>.<pid>-<n>.part`` while a download runs, and ``<root>/locks/*``, among them
-``bound-<bytes>.<pid>-<n>``, locked for as long as a cache of that bound is in use. A shard
+(see ``ranges``), ``statistics-*`` (see ``normalisation``), ``<...>.<pid>-<n>.part`` while a download runs, and
+``<root>/locks/*``, among them ``bound-<bytes>.<pid>-<n>``, locked for as long as a cache of that bound is in use. A shard
 appears under its name only by an atomic rename after its checksum was verified, so a process killed at any moment leaves
 at most a ``.part`` file and never a wrong shard. Locks are ``flock`` locks, which the kernel drops when their owner dies;
 a ``.part`` file whose lock is free is therefore left over, and is removed.

@@ -354,10 +354,10 @@ class Reader:
         if info is None or (cache is None and ranges is None):
             return None
         if ranges is not None:
-            part, size = ranges.part, info.size
+            partial, size = ranges.partial, info.size
 
             def some() -> File | None:
-                found = part(self.dataset.fingerprint, path, size)
+                found = partial(self.dataset.fingerprint, path, size)
                 return None if found is None else File(found[0], mark=found[1])
 
             return self._files.get(path, some)

@@ -76,7 +76,7 @@ class RangeCache(ShardCache):
         """Whether a checksum tells ``chunk_bytes`` bytes of zeros from a chunk (for all but a few sizes it does)."""
         return crc32c(bytes(chunk_bytes)) != 0
 
-    def part(self, fingerprint: str, path: str, size: int) -> tuple[int, bytes] | None:
+    def partial(self, fingerprint: str, path: str, size: int) -> tuple[int, bytes] | None:
         """A file descriptor to read and write (the caller closes it) of what is there of a shard, and the mark of this copy.
 
         The mark of a whole copy, which is not to be written to, is empty. ``None`` if the folder takes no files.

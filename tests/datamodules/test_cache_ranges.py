@@ -75,7 +75,7 @@ def test_ranges_are_fetched_once_and_nothing_else(memory: str, tmp_path: Path, l
 
 def test_what_was_never_written_is_not_read(tmp_path: Path) -> None:
     cache = RangeCache(str(tmp_path), BOUND)
-    file = File(*cache.part("f" * 64, "path", 1 << 20)[:1], mark=b"x")  # type: ignore[index]
+    file = File(*cache.partial("f" * 64, "path", 1 << 20)[:1], mark=b"x")  # type: ignore[index]
     cache.keep(file.descriptor, 1 << 16, b"x" * 100)
     assert file.empty(0, 1 << 16) and file.empty(1 << 17, 1 << 18) and not file.empty(0, (1 << 16) + 1)
     assert not file.empty((1 << 16) + 50, (1 << 16) + 60)
@@ -227,8 +227,8 @@ def test_what_was_kept_of_a_data_set_that_was_replaced_is_forgotten(memory: str,
             reader.batch(IDS)
             time.sleep(0.05)
     assert not parts(tmp_path)
-    assert reader.ranges.part(reader.dataset.fingerprint, "any", 1000) is None  # type: ignore[union-attr]
-    assert RangeCache(str(tmp_path), BOUND).part(reader.dataset.fingerprint, "any", 1000) is not None
+    assert reader.ranges.partial(reader.dataset.fingerprint, "any", 1000) is None  # type: ignore[union-attr]
+    assert RangeCache(str(tmp_path), BOUND).partial(reader.dataset.fingerprint, "any", 1000) is not None
 
 
 def test_a_shard_that_comes_back_after_another_was_read(memory: str, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def _keep(cache: RangeCache, folder: str, results: multiprocessing.SimpleQueue[b
     others = [os.open(f"{folder}/{i}", os.O_RDWR | os.O_CREAT) for i in range(20)]
     for descriptor in others:
         os.write(descriptor, b"of somebody else")
-    descriptor, mark = cache.part("f" * 64, "path", 1 << 20)  # type: ignore[misc]
+    descriptor, mark = cache.partial("f" * 64, "path", 1 << 20)  # type: ignore[misc]
     cache.keep(descriptor, 0, b"x" * 1000)
     results.put(bool(mark) and os.pread(descriptor, 1000, 0) == b"x" * 1000)
     results.put(all(os.fstat(other).st_size == 16 for other in others))
@@ -279,7 +279,7 @@ def _keep(cache: RangeCache, folder: str, results: multiprocessing.SimpleQueue[b
 
 def test_a_forked_process_touches_no_file_but_its_own(tmp_path: Path) -> None:
     cache = RangeCache(str(tmp_path / "cache"), BOUND)
-    cache.keep(cache.part("f" * 64, "other", 1 << 20)[0], 0, b"x")  # type: ignore[index]
+    cache.keep(cache.partial("f" * 64, "other", 1 << 20)[0], 0, b"x")  # type: ignore[index]
     cache._room = 0  # so that the child has to announce something
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
