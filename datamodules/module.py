@@ -54,7 +54,7 @@ class StreamConfig:
         verify: checksums of files are compared at the ``first`` read of a process (of local ones again once they were
             written to), or ``always``, and then each local shard as a whole against the manifest, too: only that tells a
             shard from an intact one of another data set. What comes from a remote store is always verified.
-        read_ahead: micro-batches read ahead of the consumer; 0 reads in its own thread.
+        read_ahead: reads ahead of the consumer, each of a micro-batch or of several small ones; 0 reads in its own thread.
         read_ahead_bytes: bound on what they hold together.
         threads: threads that read ahead; 0 for 1 on local data (the consumer helps it) and 4 on remote.
     """
@@ -281,11 +281,12 @@ class StreamingDataModule(lightning.LightningDataModule):
         return stream_state.save(*self._followed(), self.position, self.sampling)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, on any world size; loaders made before follow at their next iteration.
-
-        ``DataError``, saying what differs, if it was saved with another data set, seed, split or window.
-        """
-        self.cursor.position = stream_state.restore(state_dict, *self._followed(), self.sampling)
+        """Go on from a saved state, on any world size; loaders made before follow at their next iteration. ``DataError``,
+        saying what differs, if it was saved with another data set, seed, split or window."""
+        try:
+            self.cursor.position = stream_state.restore(state_dict, *self._followed(), self.sampling)
+        except DataError as error:
+            raise DataError(f"{getattr(self.config, 'url', self.kind)}: {error}") from error
 
     def _followed(self) -> tuple[str, stream_state.Ordered]:
         """Fingerprint and order of the training samples."""

@@ -52,9 +52,9 @@ class Ahead:
         for thread in self._threads:
             thread.start()
 
-    def advance(self) -> None:
-        """The stream takes its next batch."""
-        self._step += 1
+    def advance(self, batches: int = 1) -> None:
+        """The stream takes its next batches."""
+        self._step += batches
         while self._waiting and self._waiting[0][0] < self._step:
             self._bytes -= self._waiting.popleft()[1]
         while not self._ended and self._looked < self._step + self._horizon:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from datamodules.format import DataError, Dataset, Piece
 from datamodules.store import Changed, NoBucket, NotFound, ShortRead
 
+from .blocks import REMOTE_GAP, Block, coalesce
 from .buffers import Pool, Rows, Slab
 from .cache import ShardCache, never
 from .direct import Direct
@@ -23,42 +25,6 @@ from .metrics import Metrics
 from .ranges import RangeCache
 from .watch import Watch
 from .windows import Ids, Located, Windows
-
-REMOTE_GAP = 256 << 10  # bytes that cost less to read and drop than a second request does
-WASTE = 8  # but at most one byte in so many is read to be dropped
-MAX_BLOCK = 16 << 20  # bytes of one coalesced request
-
-
-class Block(NamedTuple):
-    """One byte range ``[start, stop)`` of an object, and the pieces of it with the rows of the batch they go to."""
-
-    path: str
-    start: int
-    stop: int
-    members: list[tuple[Piece, int]]
-
-
-def coalesce(pieces: Sequence[tuple[Piece, int]], gap: int) -> list[Block]:
-    """Ranges that cover all (piece, row), merging those of one object that are at most ``gap`` bytes apart.
-
-    Blocks grow to ``MAX_BLOCK`` bytes at most, unless a single piece is larger or pieces overlap, and gaps make up at most
-    an eighth of a block.
-    """
-    blocks: list[Block] = []
-    dropped = 0  # bytes of the last block that nobody wants
-    for piece, row in sorted(pieces, key=lambda p: (p[0].path, p[0].start, p[0].stop)):
-        last = blocks[-1] if blocks else None
-        if last is not None and last.path == piece.path and piece.start <= last.stop + gap:
-            stop = max(last.stop, piece.stop)
-            unused = dropped + max(0, piece.start - last.stop)
-            small = stop - last.start <= MAX_BLOCK and unused * WASTE <= stop - last.start
-            if piece.start < last.stop or small:
-                last.members.append((piece, row))
-                blocks[-1], dropped = last._replace(stop=stop), unused
-                continue
-        blocks.append(Block(piece.path, piece.start, piece.stop, [(piece, row)]))
-        dropped = 0
-    return blocks
 
 
 class Target(NamedTuple):
@@ -116,6 +82,11 @@ class Reader:
         """Bytes of the cache of shards that it reads through; 0 for none."""
         return self.cache.capacity if self.cache is not None else 0
 
+    @property
+    def joins(self) -> bool:
+        """Whether the samples of two batches may be asked for as one batch."""
+        return True
+
     def batch(self, samples: Ids, wait: bool = True) -> dict[str, Tensor]:
         """The windows' entries and ``index``, int64 [B], in this order of samples; pinned once CUDA is in use.
 
@@ -130,8 +101,7 @@ class Reader:
         )
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pin what is not (views of pinned memory are) once CUDA is in use, and count."""
-        self.metrics.add(batches=1)
+        """Pin what is not (views of pinned memory are) once CUDA is in use."""
         if not torch.cuda.is_initialized():
             return batch
         return {name: value if value.is_pinned() else value.pin_memory() for name, value in batch.items()}
@@ -298,16 +268,25 @@ class Reader:
                 yield block, content
         if not remote:
             return
-        try:
+        with self._listed():
             fetched = self._read_ranges([(block.path, block.start, block.stop) for block in remote])
-        except NoBucket:
-            raise
-        except (ShortRead, NotFound) as error:  # the manifest lists the object, so the data set is damaged
-            self._check(now=True)
-            raise DataError(str(error)) from error
         self.metrics.add(fetched=sum(map(len, fetched)))
         for block, data in zip(remote, fetched, strict=True):
             yield block, memoryview(data)
+
+    @contextmanager
+    def _listed(self) -> Iterator[None]:
+        """Reading objects that the manifest lists: one that is not there is no wrong URL but damage."""
+        try:
+            yield
+        except NoBucket:
+            raise
+        except (ShortRead, NotFound) as error:
+            self._check(now=True)
+            what, url = str(error).partition("; ")[0], self.dataset.url
+            raise DataError(
+                f"{what}, but the manifest lists it; see `keel data check {url}`, then make or copy it again"
+            ) from error
 
     def _read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """From the store. An object that was replaced meanwhile must hold what the manifest says, as a whole."""
@@ -366,7 +345,8 @@ class Reader:
         def fetch() -> File | None:
             fingerprint, fetched = self.dataset.fingerprint, 0
             if wait:
-                descriptor, fetched = cache.open(store, fingerprint, path, info.size, info.crc32, stop)
+                with self._listed():
+                    descriptor, fetched = cache.open(store, fingerprint, path, info.size, info.crc32, stop)
             else:
                 descriptor = cache.held(fingerprint, path, info.size)
             self.metrics.add(

@@ -146,6 +146,10 @@ class MixedReader:
     def caches(self) -> int:
         return min((reader.caches for reader in self.readers if reader.caches), default=0)
 
+    @property
+    def joins(self) -> bool:
+        return not self.apart  # two batches may then be of unlike shapes
+
     def _split(self, samples: Indices) -> list[tuple[int, Indices, Indices]]:
         """(source, rows of the batch, its own sample ids) of each source that occurs."""
         source = np.searchsorted(self.bases, samples, side="right") - 1

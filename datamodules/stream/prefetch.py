@@ -64,15 +64,21 @@ def finish(threads: Sequence[threading.Thread]) -> None:
 
 
 def prefetch(
-    work: Callable[[T], R], items: Iterable[T], depth: int, threads: int, waited: Callable[[float], None]
+    work: Callable[[T], R],
+    items: Iterable[T],
+    depth: int,
+    threads: int,
+    waited: Callable[[float], None],
+    quick: float = QUICK_S,
 ) -> Generator[R, None, None]:
     """``map(work, items)`` in order, with up to ``depth`` items in the making or ready ahead of the consumer.
 
     Nothing starts before the first ``next``. An item that no thread has begun when its turn comes is worked on in the
     consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. While two items in a
-    row took less than ``QUICK_S``, such as small batches from the page cache, all are worked on there, until one takes
-    longer. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as it is, in its turn. The
-    threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage collected; see ``finish``.
+    row took less than ``quick`` seconds, such as small batches from the page cache, all are worked on there, until one takes
+    longer. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as
+    it is, in its turn. The threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage
+    collected; see ``finish``.
     """
     source = iter(items)
     jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
@@ -82,13 +88,13 @@ def prefetch(
     ]
     ahead: deque[_Job[T, R]] = deque()
 
-    quick = 0  # items in a row that took little time
+    short = 0  # items in a row that took little time
 
     def plan(count: int) -> None:
         for item in islice(source, count):
             job: _Job[T, R] = _Job(item)
             ahead.append(job)
-            if pool and quick < 2:
+            if pool and short < 2:
                 jobs.put(job)
 
     try:
@@ -106,13 +112,13 @@ def prefetch(
             else:
                 job.ready.acquire()
             result = job.take()
-            if job.seconds < QUICK_S:
-                quick += 1
+            if job.seconds < quick:
+                short += 1
             else:
-                if quick >= 2:
+                if short >= 2:
                     for other in ahead:
                         jobs.put(other)
-                quick = 0
+                short = 0
             if first:  # it had the disk and the network to itself: whoever waits for it waits for nothing else
                 plan(depth)
                 first = False

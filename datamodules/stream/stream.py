@@ -18,11 +18,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .ahead import Ahead
 from .metrics import Metrics
 from .order import Order
-from .prefetch import prefetch
+from .prefetch import QUICK_S, prefetch
 
 Batch = dict[str, Tensor]
 Indices = NDArray[np.int64]
 _BLOCK = 2048  # positions whose order is computed at once
+JOINED, JOINED_BYTES = 16, 2 << 20  # micro-batches that are read together at most, and their bytes
 
 
 class Positions(Protocol):
@@ -94,6 +95,10 @@ class Source(Protocol):
     def caches(self) -> int:
         """Bytes of the cache of shards that it reads through; 0 for none."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether the samples of two batches may be asked for as one batch."""
+
     def batch(self, samples: Indices, wait: bool = True) -> Batch: ...
     def shard_sizes(self, samples: Indices) -> dict[str, int]: ...
     def cached(self, path: str, stop: Callable[[], bool]) -> bool: ...
@@ -127,7 +132,9 @@ class Stream(IterableDataset[Batch]):
         share: this rank's part of each global batch.
         start: global position of the first global batch; asked when iteration begins, so that a stream which is iterated
             again goes on where its owner's position is. Picklable if processes are to read.
-        read_ahead: micro-batches in the making or ready ahead of the consumer; 0 reads in the consumer's thread.
+        read_ahead: reads in the making or ready ahead of the consumer; 0 reads in the consumer's thread. Each makes a
+            micro-batch, or, after the first, up to ``JOINED`` of at most ``JOINED_BYTES`` together: most of the time of a small
+            one is not spent on its bytes. They are views of one tensor, so one that is kept keeps the others' memory.
         read_ahead_bytes: bound on what they hold together (one is always allowed).
         threads: threads that read.
         horizon: samples to look ahead for shards to download, with a cache.
@@ -178,45 +185,61 @@ class Stream(IterableDataset[Batch]):
             self.reader = pickle.loads(pickle.dumps(self.reader))
             self.metrics.report_to(parent)
             self._running, self._process = weakref.WeakSet(), os.getpid()
-        depth = self.read_ahead
+        depth, joined = self.read_ahead, 1
         if depth:
-            depth = max(1, min(depth, self.read_ahead_bytes // (self.largest() * self.reader.sample_bytes)))
-        batches = self._batches(depth)
+            size = self.largest() * self.reader.sample_bytes
+            fit = self.read_ahead_bytes // size
+            if self.reader.joins:  # all but one of a read are still ahead of the consumer when it has the first of them
+                joined = max(1, min(JOINED, JOINED_BYTES // size, (fit + 1) // 2))
+            depth = max(1, min(depth, (fit + 1) // joined - 1))
+        batches = self._batches(depth, joined)
         self._running.add(batches)
         return batches
 
-    def _batches(self, depth: int) -> Generator[Batch, None, None]:
+    def _batches(self, depth: int, joined: int) -> Generator[Batch, None, None]:
         reader, metrics = self.reader, self.metrics
         ahead = None
-        items: Iterator[tuple[Indices, bool]] = ((ids, True) for ids in self._mine())
         if reader.caches and depth:
             ahead = Ahead(
                 self._mine(),
                 reader.shard_sizes,
                 reader.cached,
                 reader.caches // 2,
-                self.horizon // self.largest() + depth,
+                self.horizon // self.largest() + depth * joined,
             )
-            # The first batch does not wait for whole shards: that is what the time to a first batch would be. What it
-            # reads is read twice, so the others do.
-            items = ((ids, i > 0) for i, ids in enumerate(self._mine()))
+
+        def planned() -> Iterator[tuple[list[Indices], bool]]:
+            mine, first = self._mine(), True
+            while ids := list(islice(mine, 1 if first else joined)):
+                if ahead is not None:
+                    ahead.advance(len(ids))
+                # The first batch does not wait for whole shards: that is what the time to a first batch would be. What it
+                # reads is read twice, so the others do.
+                yield ids, ahead is None or not first
+                first = False
+
+        def read(item: tuple[list[Indices], bool]) -> list[Batch]:
+            ids, wait = item
+            whole = reader.batch(ids[0] if len(ids) == 1 else np.concatenate(ids), wait)
+            metrics.add(batches=len(ids))
+            if len(ids) == 1:
+                return [whole]
+            parts = zip(*(value.split([len(own) for own in ids]) for value in whole.values()), strict=True)
+            return [dict(zip(whole, part, strict=True)) for part in parts]
 
         def counted(seconds: float) -> None:
             metrics.add(wait=seconds)
 
-        def paced() -> Iterator[tuple[Indices, bool]]:
-            for item in items:
-                if ahead is not None:
-                    ahead.advance()
-                yield item
-
-        batches = prefetch(lambda item: reader.batch(*item), paced(), depth, self.threads, counted)
+        reads = prefetch(read, planned(), depth, self.threads, counted, quick=joined * QUICK_S)
         try:
-            yield from batches
+            for ready in reads:
+                ready.reverse()
+                while ready:
+                    yield ready.pop()  # and hold on to none
         finally:
             if ahead is not None:
                 ahead.stop()
-            batches.close()
+            reads.close()
             if ahead is not None:
                 ahead.close()
 

@@ -90,6 +90,18 @@ def test_corrupt_shard_in_training(tmp_path: Path, data: Path, processes: int) -
     assert not committed_steps(Store(str(tmp_path / "run" / "checkpoints")))
 
 
+def test_data_made_anew_under_a_run_that_is_resumed(tmp_path: Path, data: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    assert keel("train", config(tmp_path, str(copy), 1, max_steps=4)).returncode == 0
+    saved = sorted(committed_steps(Store(str(tmp_path / "run" / "checkpoints"))))
+    shutil.rmtree(copy)
+    tiny_fields(str(copy), seed=1)
+    done = keel("resume", str(tmp_path / "run"), "train.max_steps=6")
+    assert_one_line(done, str(copy), "fingerprint")
+    assert sorted(committed_steps(Store(str(tmp_path / "run" / "checkpoints")))) == saved
+
+
 def test_a_world_that_does_not_divide_the_batch(tmp_path: Path, data: Path) -> None:
     done = keel("train", config(tmp_path, str(data), 3, global_batch=4))
     assert_one_line(done, "global_batch=4", "3 processes", "3 or 6")

@@ -19,6 +19,7 @@ from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError, Dataset
 from datamodules.format.shard import encode_shard
 from datamodules.store import Changed, Store
+from datamodules.stream import blocks as blocks_module
 from datamodules.stream import fetch as fetch_module
 from datamodules.stream import ranges as ranges_module
 from datamodules.stream.cache import ShardCache
@@ -203,7 +204,7 @@ def test_nothing_is_kept_but_what_was_verified(
     other.batch(IDS[1:2])
     other.batch(IDS[1:2])
     monkeypatch.setattr(fetch_module, "REMOTE_GAP", gap)
-    monkeypatch.setattr(fetch_module, "WASTE", 1)
+    monkeypatch.setattr(blocks_module, "WASTE", 1)
     reader = reader_of(memory, tmp_path)
     store = Flipping(memory)
     store.at = 7 * FRAME + 100 if gap else 100  # in the frames of trajectory 1, or of trajectory 0
@@ -310,7 +311,8 @@ def test_a_cache_that_is_full_is_not_asked_for_every_block(
 
 
 def _read(reader: Reader, seed: int, results: multiprocessing.SimpleQueue[bool]) -> None:  # type: ignore[type-arg]
-    reader, right = pickle.loads(pickle.dumps(reader)), None
+    torch.set_num_threads(1)  # threads of a team that the parent had are not there any more
+    reader = pickle.loads(pickle.dumps(reader))
     for ids in np.random.default_rng(seed).permuted(np.tile(IDS, (20, 1)), axis=1):
         found = reader.batch(ids[:5])["fields"]
         right = fields_reader(reader.dataset.store.url, frames=2, stride=7).batch(ids[:5])["fields"]

@@ -13,11 +13,13 @@ import torch
 
 from datamodules.format import Array, DataError, Dataset, Piece
 from datamodules.store import Store
+from datamodules.stream.blocks import MAX_BLOCK, coalesce
 from datamodules.stream.buffers import Pool
 from datamodules.stream.cache import ShardCache
-from datamodules.stream.fetch import MAX_BLOCK, Reader, coalesce
+from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
 from datamodules.stream.order import Order
+from datamodules.stream.ranges import RangeCache
 from datamodules.stream.stream import Share, Stream
 from datamodules.stream.windows import FieldWindows, TokenWindows, Windows
 
@@ -183,6 +185,26 @@ def test_a_damaged_remote_shard_is_read_twice_then_named(memory: str, tmp_path: 
             first_batch(reader)
 
 
+@pytest.mark.parametrize("cache", [None, ShardCache, RangeCache])
+@pytest.mark.parametrize(("size", "told"), [(None, "not found"), (100, "truncated")])
+def test_a_remote_shard_that_is_not_whole_is_named(
+    memory: str, tmp_path: Path, cache: Any, size: int | None, told: str
+) -> None:
+    write_fields(memory)
+    reader = fields_reader(memory, cache and cache(str(tmp_path), 1 << 20))
+    path = reader.windows.array.shard_path(0)
+    if size is None:
+        Store(memory).delete(path)
+    else:
+        Store(memory).write(path, Store(memory).read(path)[:size])
+    for wait in (False, True):
+        with pytest.raises(
+            DataError, match=rf"^{memory}/{path}: {told}.* but the manifest lists it; .*keel data check"
+        ):
+            reader.batch(np.arange(4), wait)
+    assert torch.isfinite(reader.batch(np.arange(9, 12))["fields"]).all()  # of the next shard
+
+
 def test_one_bad_answer_is_read_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fields(memory)
     reader, faults = fields_reader(memory), [1]
@@ -242,7 +264,9 @@ def test_second_epoch_from_the_cache_fetches_nothing(memory: str, tmp_path: Path
     )
     Store(memory).delete_tree()  # whoever comes later needs nothing but the cache
     assert torch.equal(later.batch(first[0]["index"].numpy())["fields"], first[0]["fields"])
-    assert later.metrics.fetched == 0
+    shards = len(later.shard_sizes(first[0]["index"].numpy()))
+    assert (later.metrics.fetched, later.metrics.hits, later.metrics.misses) == (0, shards, 0)
+    assert (reader.metrics.hits, reader.metrics.misses) == (0, 3)  # and kept open
 
 
 def test_indices_count_as_fetched(memory: str) -> None:

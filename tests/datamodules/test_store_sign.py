@@ -57,6 +57,23 @@ def test_credentials_of_the_environment_are_found(nobody: None, monkeypatch: pyt
     assert _secret(filesystem({"endpoint_url": "http://127.0.0.1:9999"})) == "of the environment"
 
 
+@pytest.mark.parametrize("given", [{}, {"client_kwargs": {"region_name": "eu-west-1"}}])
+def test_the_region_is_that_of_the_options_or_of_the_environment(
+    nobody: None, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """AWS_REGION before AWS_DEFAULT_REGION, as the command line of AWS and its SDKs have it."""
+
+    def region() -> str:
+        url = filesystem({"key": "AKID", "secret": "s", **given}).url("bucket/x", expires=60)
+        return parse_qs(urlsplit(url).query)["X-Amz-Credential"][0].split("/")[2]
+
+    assert region() == ("eu-west-1" if given else "us-east-1")
+    monkeypatch.setenv("AWS_REGION", "ap-south-1")
+    assert region() == ("eu-west-1" if given else "ap-south-1")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert region() == ("eu-west-1" if given else "ap-south-1")
+
+
 def test_one_signature_of_botocore_per_bucket_and_all_where_ours_differs(nobody: None) -> None:
     fs = filesystem(SETTINGS["path"])
     asked: list[str] = []

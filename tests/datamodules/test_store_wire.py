@@ -159,6 +159,25 @@ def test_an_object_written_again_with_the_same_content_is_read_on(s3) -> None:
     assert tags[key] != '"of the same bytes in other parts"'
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "s3fs"])
+def test_ranges_are_asked_for_at_once(s3, proxy, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    monkeypatch.setitem(conf["keel"], "direct", direct)
+    monkeypatch.setitem(conf["keel"], "read_timeout", 10.0)
+    store, together = Store(s3.url("at-once")), threading.Barrier(8)
+    content = bytes(range(256)) * 16
+    store.write("x", content)
+
+    def gate(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/x"):
+            together.wait(5)  # broken unless all eight are on their way
+
+    proxy.arrived = gate
+    assert store.read_ranges([("x", i, i + 9) for i in range(0, 80, 10)]) == [
+        content[i : i + 9] for i in range(0, 80, 10)
+    ]
+    assert not together.broken and sum(method == "GET" for method, _, _ in proxy.requests) == 8
+
+
 def _read_in_child(store: Store, expected: bytes, queue: multiprocessing.Queue) -> None:
     queue.put(all(store.read_range("x", i, i + 1000) == expected[i : i + 1000] for i in range(50)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Recorder:
     """Stands in for a reader: gives back what was asked for."""
 
     def __init__(self, samples: int, group: int) -> None:
-        self.metrics, self.sample_bytes, self.caches = Metrics(), 8, 0
+        self.metrics, self.sample_bytes, self.caches, self.joins = Metrics(), 8, 0, True
         self.windows = type("W", (), {"samples": samples, "group": group})()
 
     def batch(self, ids: np.ndarray, wait: bool = True) -> dict[str, torch.Tensor]:
@@ -180,6 +181,55 @@ def test_read_ahead_changes_nothing_but_time(tmp_path: Path) -> None:
     for index, fields in rows[1:]:
         assert torch.equal(index, rows[0][0]) and torch.equal(fields, rows[0][1])
     assert sorted(rows[0][0][:24].tolist()) == list(range(24))  # an epoch, in batches that straddle its end
+
+
+class Slow(Recorder):
+    """Counts the samples that it gave, and takes some time."""
+
+    given = 0
+
+    def batch(self, ids: np.ndarray, wait: bool = True) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        self.given += len(ids)
+        return super().batch(ids, wait)
+
+
+@pytest.mark.parametrize(
+    ("fit", "joins", "most"), [(5, True, 5), (5, False, 5), (1, True, 1), (1000, True, 9 * 16 + 15)]
+)
+def test_micro_batches_held_ahead_are_bounded_in_bytes(fit: int, joins: bool, most: int) -> None:
+    source = Slow(240, 24)
+    source.joins = joins
+    options = {"read_ahead": 9, "read_ahead_bytes": fit * 4 * source.sample_bytes}
+    stream = Stream(source, Order(240, 24, 2, 5), Share(8, 4), **options)  # type: ignore[arg-type]
+    held, expected = [], Order(240, 24, 2, 5).at(np.arange(60 * 4)).reshape(60, 4)
+    for taken, batch in enumerate(itertools.islice(stream, 60)):
+        assert batch["index"].tolist() == expected[taken].tolist()
+        before = -1
+        while taken in (1, 4, 17) and before != source.given:  # until no more is read
+            before = source.given
+            time.sleep(0.08)
+        held.append(source.given // 4 - taken - 1)
+    stream.close()
+    assert max(held) == most
+    assert source.metrics.batches >= 60
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_waiting_is_what_the_consumer_waits(threads: int) -> None:
+    """All of the reading without threads, and next to nothing for a consumer that takes longer than it."""
+    source = Slow(64, 8)
+    source.joins = False
+    stream = Stream(source, Order(64, 8, 2, 5), Share(4), read_ahead=2 if threads else 0, threads=threads)  # type: ignore[arg-type]
+    batches = iter(stream)
+    next(batches)
+    before = source.metrics.wait
+    for _ in range(8):
+        time.sleep(0.04 if threads else 0)
+        next(batches)
+    waited = source.metrics.wait - before
+    stream.close()
+    assert waited < 0.08 if threads else waited >= 0.08
 
 
 def test_finite_stream_has_a_length_and_ends(tmp_path: Path) -> None:

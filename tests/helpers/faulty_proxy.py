@@ -26,11 +26,12 @@ class FaultyProxy:
     skewed (403: the client's clock is wrong), reset (while the answer is awaited), hang (no answer), cut (half the body,
     then the end), trickle (a byte at a time), flip (a wrong bit in the body), hang_up (the connection is closed after a good answer, against what the answer says), late (a good
     answer after 0.3 s), full (507).
-    `requests` lists (method, path, fault) so far. `stop_listening` and `listen` are a server that is down and up again.
+    `arrived(method, path)` is called with each request before it is answered. `requests` lists (method, path, fault) so far. `stop_listening` and `listen` are a server that is down and up again.
     """
 
     def __init__(self, upstream: str, fault: Callable[[str, str, int], str | None] = lambda *_: None) -> None:
         self.fault = fault
+        self.arrived: Callable[[str, str], object] = lambda *_: None
         self.requests: list[tuple[str, str, str | None]] = []
         self._accepted: list[socket.socket] = []
         self._upstream = urlsplit(upstream).netloc
@@ -101,6 +102,7 @@ class FaultyProxy:
         with self._lock:
             fault = self.fault(request.command, path, next(self._numbers))
             self.requests.append((request.command, path, fault))
+        self.arrived(request.command, path)
         if fault == "reset":
             # Closing with pending data discarded sends a reset and not an orderly end.
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
