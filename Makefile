@@ -24,8 +24,9 @@ lint: setup  ## ruff check, ruff format --check, mypy
 	@$(VENV) -m ruff format --check .
 	@$(VENV) -m mypy
 
-gpu-check: setup  ## on a machine with a CUDA GPU: strategies, precisions, memory, MFU (docs/results/gpu.md)
+gpu-check: setup  ## on a machine with a CUDA GPU: strategies, precisions, memory, MFU; simulators, batches (docs/results/gpu*.md)
 	@$(VENV) scripts/gpu_check.py --markdown docs/results/gpu.md $(ARGS)
+	@$(VENV) scripts/gpu_data.py --markdown docs/results/gpu_data.md $(ARGS)
 
 clean:  ## remove caches and the demo's output, keep .venv
 	@rm -rf .keel/demo-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt

@@ -34,10 +34,11 @@ class StreamingDataset(IterableDataset[dict[str, Tensor]]):
     """This rank's batches of a data set, for ever, in an order that depends on the data, the seed and the position alone.
 
     Iterate it itself (it reads ahead with threads) or through ``DataLoader(stream, batch_size=None, num_workers=w)``: the
-    batches and their order are the same. Iteration begins at the current position.
+    batches and their order are the same. Iteration begins at the current position. Its threads make batches in pinned memory
+    once CUDA is in use; worker processes cannot, so give their loader ``pin_memory=True``.
 
     Args:
-        url: the data set, on any store.
+        url: the data set, on any store; none for a mixture, whose ``sources`` name theirs.
         global_batch: samples of a step over all ranks.
         micro_batch: samples of one batch; 0 for all of a rank's part of the global batch.
         world_size, rank: of this process.
@@ -51,7 +52,7 @@ class StreamingDataset(IterableDataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        url: str,
+        url: str = "",
         *,
         global_batch: int,
         micro_batch: int = 0,
@@ -66,7 +67,7 @@ class StreamingDataset(IterableDataset[dict[str, Tensor]]):
         for name in settings:
             if name not in known:
                 raise ValueError(f"{name}: no such field of {config_class.__name__}; known: {', '.join(known)}")
-        config = config_class(url=url, **settings)
+        config = config_class(**settings, **({"url": url} if url else {}))
         self._data: StreamingDataModule = data_class(
             config, global_batch=global_batch, micro_batch=micro_batch, seed=seed
         )

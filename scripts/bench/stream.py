@@ -3,7 +3,7 @@
 Each library reads from its own environment (made on first use) data that it wrote in its own format, 16 MiB shards, in batches
 of 16, shuffled, with 2 workers (Keel: threads), in a new process each time. Cold: files out of the page cache, or an empty
 local cache in front of radosgw. Cached: the epochs after that. Repeats alternate over the libraries and the limits, so that
-load hits all alike; a ratio is the median of those of the repeats. Limits of the machine, on the same bytes: `preadv` into a
+load hits all alike; a ratio is one of medians, beside which stand the least and the largest of the repeats. Limits of the machine, on the same bytes: `preadv` into a
 preallocated batch by one thread, and 16 concurrent plain range GETs.
 
     python scripts/bench/stream.py --quick                               # some minutes, small data
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ import stream_envs
 import stream_limits as limits
 import stream_report as report
 from _table import parser, save
-from stream_cases import Case, cases
+from stream_cases import Case, cases, cpu_since
 from stream_worker import RESUME_AT
 
 from datamodules.store import Store
@@ -153,7 +154,8 @@ class Bench:
         if source == "s3" and "cold_from" in result:
             prefix = url.removeprefix("s3://")
             requests, total = limits.fetched(log, prefix, result["cold_from"], result["cold_until"])
-            result |= {"requests": requests, "fetched_per_used": total / (result["cold_read"] * case.sample_bytes)}
+            # What is read ahead of the next epoch counts as fetched, not as used.
+            result |= {"requests": requests, "fetched_per_used": total / (result["cold_samples"] * case.sample_bytes)}
         if result.get("states"):
             tries = 3 if library == "keel" and not self.args.quick else 1  # milliseconds need more than one look
             resumed = [
@@ -175,7 +177,9 @@ class Bench:
         if source == "local":
             row["cold"] = limits.readinto(case, folder, True, 0.0)
         else:
+            before = resource.getrusage(resource.RUSAGE_SELF)
             row["cold"] = limits.range_gets(case, url, shards=not case.window)
+            row["cpu_s"] = cpu_since(before)
         self.limits.append(row)
 
 

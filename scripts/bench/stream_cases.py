@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ def cases(quick: bool) -> dict[str, Case]:
         Case("fields", n, (4, 128, 128), "float32"),
         Case("trajectories", t, (64, 2, 64, 64), "float32"),
         Case("windows", t, (64, 2, 64, 64), "float32", window=8),
-        Case("tokens", 1024 if quick else 8192, (SEQUENCE + 1,), "uint16"),
+        Case("tokens", 1024 if quick else 32768, (SEQUENCE + 1,), "uint16"),
     ]
     return {case.name: case for case in found}
 
@@ -74,6 +75,12 @@ def item(case: Case, i: int) -> np.ndarray:
     values = generator.standard_normal(case.shape, dtype="f4")
     values.reshape(-1)[0] = i
     return values
+
+
+def cpu_since(before: resource.struct_rusage) -> float:
+    """CPU seconds of this process, user and system, since `before`."""
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    return now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
 
 
 def forget(folder: str) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _table import show
 from stream_cases import BATCH, Case, cases
@@ -18,7 +18,7 @@ AIMS = """Aims: cached and local at least 10 times the best peer and half of the
 the best peer (with start-up) and 80 % of the GET limit (which has no start-up: once after the first batch, once for the whole \
 epoch); windows cold from S3 at least 5 times the best peer with at most 1.2 bytes fetched per byte used; first batch before the \
 best peer's; resume independent of the position; memory flat over 20 epochs. The best peer is the one of the best median. \
-Ratios are taken within each repeat: their median, and the least and the largest of them."""
+A ratio is that of the medians; beside it the least and the largest of those of the repeats, taken within each."""
 COLUMNS_OF_AIMS = ("aim", "asked", "reached", "least to largest", "met")
 
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def summary(figures: Row) -> list[Row]:
                 "ratio": _median(rows, lambda r: r.get("fetched_per_used")),
                 "requests": _median(rows, lambda r: r.get("requests")),
                 "memory": _median(rows, lambda r: r.get("memory")),
-                "epochs": _median(rows, lambda r: r.get("cached_epochs")),
+                "epochs": _median(rows, lambda r: r.get("cached_epochs")), "cpu": _median(rows, lambda r: r.get("cpu_s")),
                 "exact": all(r.get("exact", True) for r in rows), "errors": [r["error"] for r in rows if "error" in r],
             }
         )  # fmt: skip
@@ -112,7 +112,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 COLUMNS = (
     "library", "cold samples/s", "cold MB/s", "after 1st batch", "cached samples/s", "cached MB/s", "first batch s", "resume s at 1/4, 3/4",
-    "bytes fetched / used", "GETs", "peak memory MB",
+    "bytes fetched / used", "GETs", "CPU s of the cold epoch", "peak memory MB",
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def table(figures: Row, entries: list[Row], case: Case, source: str) -> list[lis
     mb = case.sample_bytes / 1e6
     for e in entries:
         if e["cold"] is None:
-            out.append([e["library"], *["-"] * 9, (e["errors"] or ["?"])[0]])
+            out.append([e["library"], *["-"] * 10, (e["errors"] or ["?"])[0]])
             continue
         resume = ", ".join(_number(v, 2) for v in e["resume"])
         name = e["library"] + ("" if e["exact"] else " (samples lost or repeated!)")
@@ -130,13 +130,15 @@ def table(figures: Row, entries: list[Row], case: Case, source: str) -> list[lis
             name += f" ({len(e['errors'])} of {figures['repeats']} runs failed)"
         out.append([
             name, _number(e["cold"]), _number(e["cold"] * mb), _number(e["steady"]), _number(e["cached"]), _number(e["cached"] * mb),
-            _number(e["first"], 2), resume, _number(e["ratio"]), _number(e["requests"]), _number(e["memory"] / 1e6),
+            _number(e["first"], 2), resume, _number(e["ratio"]), _number(e["requests"]), _number(e["cpu"], 2),
+            _number(e["memory"] / 1e6),
         ])  # fmt: skip
     for what, label in (("cold", "cold"), ("cached", "cached")):
         limit = _limit(figures, case.name, source, what)
         if limit is not None:
             kind = "16 range GETs" if (source, what) == ("s3", "cold") else "preadv"
-            blank = ["-"] * 5
+            cpu = _limit(figures, case.name, source, "cpu_s") if what == "cold" else None
+            blank = ["-"] * 4 + [_number(cpu, 2), "-"]
             values = [_number(limit), _number(limit * mb)]
             row = [*values, "-", "-", "-"] if what == "cold" else ["-", "-", "-", *values]
             out.append([f"limit, {label}: {kind}", *row, *blank])
@@ -148,26 +150,40 @@ def _limit(figures: Row, case: str, source: str, what: str) -> float | None:
     return _median(rows, lambda r: r.get(what))
 
 
-def _ratios(rows: list[Row], over: list[Row], value: Value, other: Value) -> list[float]:
-    """Of the repeats in which both were measured: load that hits both sides of a pair cancels."""
+class Ratio(NamedTuple):
+    """Of the medians, and of the figures of each repeat: load that hits both sides of a pair cancels."""
+
+    reached: float | None
+    each: list[float]
+
+
+def _ratio(rows: list[Row], over: list[Row], value: Value, other: Value) -> Ratio:
+    """Of the repeats in which both were measured."""
     below = {r["repeat"]: other(r) for r in over}
-    pairs = [(value(r), below.get(r["repeat"])) for r in rows]
-    return [a / b for a, b in pairs if a is not None and b]
+    pairs = [(a, b) for r in rows if (a := value(r)) is not None and (b := below.get(r["repeat"]))]
+    if not pairs:
+        return Ratio(None, [])
+    above, under = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return Ratio(above / under, [a / b for a, b in pairs])
+
+
+def _of(values: list[float]) -> Ratio:
+    """A figure that is none of two."""
+    return Ratio(median(values), values)
 
 
 def verdicts(figures: Row, entries: list[Row]) -> list[list[str]]:
-    """Each aim: what was asked, what was reached (median of the repeats), their least and largest, whether that is enough.
+    """Each aim: what was asked, what was reached, the least and the largest of the repeats, whether that is enough.
 
-    A ratio is that of the two figures of one repeat. Settings other than Keel's own choice are shown, with their names, and
-    not judged.
+    Settings other than Keel's own choice are shown, with their names, and not judged.
     """
     out: list[list[str]] = []
     groups = dict.fromkeys((e["case"], e["source"]) for e in entries)
 
     def add(
-        what: str, found: list[float], aim: float, at_least: bool = True, limit: bool = False, judged: bool = True
+        what: str, ratio: Ratio, aim: float, at_least: bool = True, limit: bool = False, judged: bool = True
     ) -> None:
-        reached = median(found)
+        reached, found = ratio
         if reached is not None:
             met = "yes" if (reached >= aim if at_least else reached <= aim) else "no"
             above = "; above the measured limit" if limit and reached > 1 else ""
@@ -192,33 +208,33 @@ def verdicts(figures: Row, entries: list[Row]) -> list[list[str]]:
             own, label, judged = rows[setting], "" if setting == "keel" else f", {setting}", setting == "keel"
             best = max((e for e in peers if e["cached"]), key=lambda e: e["cached"], default=None)
             if best is not None:
-                ratios = _ratios(own, rows[best["library"]], _cached, _cached)
-                add(f"{name}{label}: cached over the best peer", ratios, 10.0, judged=judged)
-            ratios = _ratios(own, limits, _cached, lambda r: r.get("cached"))
-            add(f"{name}{label}: cached over its limit", ratios, 0.5, limit=True, judged=judged)
+                ratio = _ratio(own, rows[best["library"]], _cached, _cached)
+                add(f"{name}{label}: cached over the best peer", ratio, 10.0, judged=judged)
+            ratio = _ratio(own, limits, _cached, lambda r: r.get("cached"))
+            add(f"{name}{label}: cached over its limit", ratio, 0.5, limit=True, judged=judged)
             if source == "local":
                 continue  # no aims for cold reads
             if peers:
                 best = max(peers, key=lambda e: e["cold"])
-                ratios = _ratios(own, rows[best["library"]], _cold, _cold)
-                add(f"{name}{label}: cold over the best peer", ratios, other, judged=judged)
+                ratio = _ratio(own, rows[best["library"]], _cold, _cold)
+                add(f"{name}{label}: cold over the best peer", ratio, other, judged=judged)
             for what, speed in (("cold after the first batch", _steady), ("cold, the whole epoch,", _cold)):
-                ratios = _ratios(own, limits, speed, lambda r: r.get("cold"))
-                add(f"{name}{label}: {what} over its limit", ratios, 0.8, limit=True, judged=judged)
+                ratio = _ratio(own, limits, speed, lambda r: r.get("cold"))
+                add(f"{name}{label}: {what} over its limit", ratio, 0.8, limit=True, judged=judged)
         own = rows["keel"]
         if case == "windows" and source == "s3":
             used = [r["fetched_per_used"] for r in own if "fetched_per_used" in r]
-            add(f"{name}: bytes fetched per byte used", used, 1.2, at_least=False)
+            add(f"{name}: bytes fetched per byte used", _of(used), 1.2, at_least=False)
         if peers:
             best = min(peers, key=lambda e: e["first"])
-            ratios = _ratios(own, rows[best["library"]], _first, _first)
-            add(f"{name}: first batch over the best peer's", ratios, 1.0, at_least=False)
+            ratio = _ratio(own, rows[best["library"]], _first, _first)
+            add(f"{name}: first batch over the best peer's", ratio, 1.0, at_least=False)
         if all(keel["resume"]):
             early, late = keel["resume"]
-            add(f"{name}: resume at 3/4 over resume at 1/4", [late / early], 1.5, at_least=False)
+            add(f"{name}: resume at 3/4 over resume at 1/4", _of([late / early]), 1.5, at_least=False)
         gained = [_growth(r["rss"]) / 1e6 for r in own if len(r.get("rss", ())) >= 20]
         epochs = keel["epochs"] or 0
-        add(f"{name}: MB of memory gained over {epochs:.0f} epochs", gained, 16.0, at_least=False)
+        add(f"{name}: MB of memory gained over {epochs:.0f} epochs", _of(gained), 16.0, at_least=False)
     return out
 
 

@@ -225,6 +225,16 @@ def test_plain_iterable(fields: str) -> None:
     assert Store(fields).is_local
 
 
+def test_plain_iterable_of_a_mixture(fields: str) -> None:
+    sources = [{"url": fields, "frames": 3}, {"url": fields, "frames": 3, "weight": 3.0}]
+    stream = StreamingDataset(kind="mixture", sources=sources, global_batch=8, seed=3)
+    taken_from = torch.cat([batch["source"] for batch in itertools.islice(stream, 4)])
+    assert taken_from.bincount().tolist() == [8, 24]
+    stream.close()
+    with pytest.raises(ValueError, match="url"):
+        StreamingDataset(global_batch=8)
+
+
 def test_a_lock_held_at_the_fork_stalls_no_worker(fields: str) -> None:
     data = fields_data(fields, 1, 0)
     with data.metrics._lock:  # as by a thread that is counting
