@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.format import DataError, Writer
 from datamodules.format.writer import clean, finished
 from datamodules.registry import lookup
-from datamodules.simulators.base import Generator
+from datamodules.simulators.base import Generator, set_worker
 from datamodules.store import NotFound, Store, StoreError
 
 Progress = Callable[[int, int], None]
@@ -129,8 +130,11 @@ def bundles(writer: Writer) -> list[list[tuple[str, int]]]:
 _worker: tuple[Writer, Generator] | None = None
 
 
-def _start_worker(writer: Writer, generator: Generator) -> None:
+def _start_worker(writer: Writer, generator: Generator, started: Synchronized[int]) -> None:
     global _worker
+    with started:
+        set_worker(started.value)
+        started.value += 1
     if sys.platform == "linux":  # no orphans when the parent is killed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _worker = writer, generator
@@ -174,7 +178,8 @@ def make(config: MakeConfig, progress: Progress | None = None) -> str:
     else:
         # Spawned, not forked: torch's threads and store clients do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(config.workers, context, _start_worker, (writer, generator)) as pool:
+        started = context.Value("i", 0)
+        with ProcessPoolExecutor(config.workers, context, _start_worker, (writer, generator, started)) as pool:
             futures = [pool.submit(_work, some) for some in bundles(writer)]
             try:
                 for future in as_completed(futures):

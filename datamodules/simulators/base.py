@@ -8,6 +8,19 @@ import numpy as np
 
 from datamodules.format import ArraySpec
 
+_worker: int | None = None
+
+
+def worker() -> int | None:
+    """The number of this process among the workers of `make`, from 0; None in any other process."""
+    return _worker
+
+
+def set_worker(number: int) -> None:
+    """Say which worker of `make` this process is."""
+    global _worker
+    _worker = number
+
 
 class Generator(Protocol):
     """Computes a data set shard by shard. The values of a shard are a pure function of (config, seed, array, k).

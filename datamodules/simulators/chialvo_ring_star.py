@@ -75,7 +75,7 @@ class ChialvoRingStar(IteratedMap):
 
     @cached_property
     def laplacians(self) -> dict[str, Tensor]:
-        """The linear maps [N, N] by which voltages act on voltages, one per strength; rows sum to 0."""
+        """The linear maps [N, N] by which voltages act on voltages, one per strength, on the device; rows sum to 0."""
         n = self.config.neurons
         weights = {name: torch.zeros(n, n, dtype=torch.float64) for name in ("star", "ring", "triadic")}
         weights["star"][0, 1:] = weights["star"][1:, 0] = 1
@@ -88,12 +88,12 @@ class ChialvoRingStar(IteratedMap):
                 for i, j in combinations(triangle, 2):
                     weights["triadic"][i, j] += 1
                     weights["triadic"][j, i] += 1
-        return {name: w - torch.diag(w.sum(1)) for name, w in weights.items()}
+        return {name: (w - torch.diag(w.sum(1))).to(self.device) for name, w in weights.items()}
 
     def step(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         n = self.config.neurons
         voltage, recovery = x[..., :n], x[..., n:]
         a, b, c, k = (p[name][..., None] for name in ("a", "b", "c", "k"))
         fired, recovered = chialvo(voltage, recovery, a, b, c, k)
-        coupled = sum(p[name][..., None] * (voltage @ w.to(x.device).T) for name, w in self.laplacians.items())
+        coupled = sum(p[name][..., None] * (voltage @ w.T) for name, w in self.laplacians.items())
         return torch.cat([fired + coupled, recovered], -1)

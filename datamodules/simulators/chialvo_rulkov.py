@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .fields import Law, SimulationConfig
+from .integrators import constant
 from .neuron_maps import chialvo, rulkov
 from .trajectories import IteratedMap, MapConfig
 
@@ -83,15 +84,15 @@ class ChialvoRulkov(IteratedMap):
         c, n = self.config, len(self.config.chain)
         q = {name: value[..., None] for name, value in p.items()}
         voltage, recovery = x[..., :n], x[..., n:]
-        is_chialvo = torch.tensor([letter == "c" for letter in c.chain], device=x.device)
         # Each map is evaluated where it belongs only: elsewhere the exponential could overflow.
-        is_c, is_r = is_chialvo.nonzero()[:, 0], (~is_chialvo).nonzero()[:, 0]
+        places = [tuple(i for i, letter in enumerate(c.chain) if letter == kind) for kind in "cr"]
+        first_c = tuple(sorted(range(n), key=(*places[0], *places[1]).__getitem__))
+        is_c, is_r, order = (constant(indices, torch.int64, x.device) for indices in (*places, first_c))
         cx, cy = chialvo(voltage[..., is_c], recovery[..., is_c], q["a"], q["b"], q["c"], q["k"])
         rx, ry = rulkov(voltage[..., is_r], recovery[..., is_r], q["alpha"], q["mu"], q["sigma"])
-        order = torch.cat([is_c, is_r]).argsort()
         fired, recovered = torch.cat([cx, rx], -1)[..., order], torch.cat([cy, ry], -1)[..., order]
         rise = voltage.diff(dim=-1)  # x_(i+1) - x_i on each link
-        right, left = x.new_tensor(c.from_right), x.new_tensor(c.from_left)
+        right, left = (constant(tuple(links), x.dtype, x.device) for links in (c.from_right, c.from_left))
         zero = torch.zeros_like(voltage[..., :1])
         coupled = torch.cat([right * rise, zero], -1) - torch.cat([zero, left * rise], -1)
         return torch.cat([fired + coupled, recovered], -1)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .fields import Law, SimulationConfig, trajectory_rng, whole_steps
-from .integrators import rk4_step
+from .integrators import constant, rk4_step
 from .trajectories import Trajectories
 
 DRAWS = 256  # steps whose noise is drawn at once
@@ -87,6 +87,7 @@ class DyadicShell(Trajectories):
 
     def __init__(self, config: Any, seed: int, shard_bytes: int) -> None:
         self.wavenumbers = config.k0 * config.ratio ** np.arange(config.shells)
+        self.rates = tuple((config.convection * self.wavenumbers[:-1] ** config.beta).tolist())  # of the convection
         super().__init__(config, seed, shard_bytes)
 
     def components(self) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ class DyadicShell(Trajectories):
 
     def convection(self, x: Tensor) -> Tensor:
         """Transfer between shells, [..., N]; sum over n of x_n times it is 0."""
-        k = self.config.convection * torch.from_numpy(self.wavenumbers[:-1] ** self.config.beta).to(x)
+        k = constant(self.rates, x.dtype, x.device)
         low, high = k * x[..., :-1].square(), k * x[..., :-1] * x[..., 1:]
         zero = torch.zeros_like(x[..., :1])
         return torch.cat([zero, low], -1) - torch.cat([high, zero], -1)
@@ -127,8 +128,8 @@ class DyadicShell(Trajectories):
         spread = torch.where(rate > 0, -torch.expm1(-2 * half * rate) / (2 * rate).clamp_min(1e-300), half).sqrt()
         kick = p["additive"][:, None] * spread * (torch.arange(c.shells, device=x.device) < c.forced)
         turn = p["transport"][:, None] * k[:-1] * math.sqrt(half)
-        random, turning = bool((kick > 0).any() or (turn > 0).any()), bool((turn > 0).any())
-        normals = self.noise(seeds) if random else None
+        turning = c.transport[1] > 0
+        normals = self.noise(seeds) if turning or c.additive[1] > 0 else None
         still = torch.zeros(len(x), 4, c.shells, dtype=x.dtype, device=x.device)
         while True:
             z = next(normals) if normals is not None else still

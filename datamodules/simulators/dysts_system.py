@@ -30,6 +30,7 @@ class DystsConfig(SimulationConfig):
     iterations for a map (a whole number). burn_in: frames dropped at the start.
     spread: standard deviation of the initial state around the listed one, relative to each component.
     method, rtol, atol: of scipy's solve_ivp; Radau is for stiff systems. Without effect on delay equations and maps.
+    device: "cpu", as dysts solves with NumPy.
     """
 
     frames: int = 512
@@ -44,6 +45,8 @@ class DystsConfig(SimulationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device != "cpu":
+            raise ValueError(f"device={self.device!r}: dysts solves with NumPy, on the CPU alone; use device: cpu")
         self.need_positive("rtol", "atol")
         self.need_choice("kind", ("", *MODULES))
         if self.burn_in < 0:

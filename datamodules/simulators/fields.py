@@ -7,6 +7,7 @@ differs between trajectories: a number [trajectory] (a viscosity) or a static fi
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,9 +21,16 @@ from torch import Tensor
 
 from datamodules.format import ArraySpec
 
+from . import base
 from .base import split_ranges
 
 Law = Literal["uniform", "log", "integer"]
+DEVICES = re.compile(r"cpu|cuda(:(0|[1-9]\d?))?")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+)  # torch on a GPU and on the CPU; cuFFT and cuBLAS
 
 
 def whole_steps(interval: float, dt: float) -> int | None:
@@ -49,8 +57,10 @@ class SimulationConfig:
 
     frames: saved per trajectory. dt_save: time between them.
     train, validation, test: trajectories of each split.
-    batch: trajectories solved together. The last bits of an FFT depend on it, so it is part of the config.
-    device: where they are solved, "cpu" or "cuda"; the bits depend on it too.
+    batch: trajectories solved together. The last bits of an FFT depend on it, so it is part of the config. A GPU is busy with
+        hundreds, as far as they fit into its memory.
+    device: where they are solved, "cpu", "cuda" or "cuda:<index>"; the bits depend on it too. With "cuda" the worker
+        processes of `make` take the GPUs in turn.
 
     A field named in `drawn` is a range `[low, high]` from which each trajectory draws its value (`low == high` fixes it).
     """
@@ -79,10 +89,8 @@ class SimulationConfig:
             )
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: must be at least 1")
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device={self.device!r}: unknown; use cpu or cuda") from error
+        if not DEVICES.fullmatch(self.device):
+            raise ValueError(f"device={self.device!r}: simulators run on cpu, cuda or cuda:<index> only")
         self.need_positive("dt_save")
         for name, law in self.drawn.items():
             given = getattr(self, name)
@@ -207,10 +215,15 @@ class Simulation(ABC):
     @property
     def device(self) -> torch.device:
         """Where to solve; ValueError if it is not there."""
-        device = torch.device(self.config.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={self.config.device!r}: torch finds no GPU here; use device: cpu")
-        return device
+        name, device = self.config.device, torch.device(self.config.device)
+        if device.type == "cpu":
+            return device
+        count, worker = torch.cuda.device_count() if torch.cuda.is_available() else 0, base.worker()
+        if count == 0:
+            raise ValueError(f"device={name!r}: torch finds no GPU here; use device: cpu")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device={name!r}: the last GPU here is cuda:{count - 1}; use device: cuda for any")
+        return torch.device("cuda", worker % count) if device.index is None and worker is not None else device
 
     def specs(self) -> dict[str, ArraySpec]:
         c, axes = self.config, self.coordinates()
@@ -241,6 +254,8 @@ class Simulation(ABC):
         }
 
     def source(self) -> dict[str, Any]:
+        """Nothing; ValueError if the device is not there, before anything is written."""
+        _ = self.device
         return {}
 
     def values(self, name: str, k: int) -> np.ndarray:
@@ -264,10 +279,21 @@ class Simulation(ABC):
         return out
 
     def group(self, first: int) -> np.ndarray:
-        """Trajectories first ... first + batch - 1, [batch, frames, channel, *space] float64."""
-        with _one_thread(), torch.inference_mode():
-            fields = self.solve(self.seeds(first, first + self.config.batch))
-        if not torch.isfinite(fields).all():
+        """Trajectories first ... first + batch - 1, [batch, frames, channel, *space] float64.
+
+        ValueError if they become non-finite, or do not fit into the memory of the device.
+        """
+        batch = self.config.batch
+        try:
+            with _one_thread(), torch.inference_mode():
+                fields = self.solve(self.seeds(first, first + batch))
+                finite = bool(torch.isfinite(fields).all())
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and not any(told in str(error) for told in NO_MEMORY):
+                raise
+            where = f"{batch} trajectories do not fit into the memory of {self.device}"
+            raise ValueError(f"batch={batch}: {where}; use a smaller batch or fewer workers") from error
+        if not finite:
             raise ValueError(f"{self.unstable()}: the solution became non-finite; use a smaller time step")
         return np.asarray(fields.cpu().numpy())
 

@@ -7,6 +7,7 @@ Math. 6, 1980) with one step size per row, so that a row does not depend on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ STAGES = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # order 5 minus order 4
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these values, made once for each device: a copy from the host in each step would hold up a GPU."""
+    with torch.inference_mode(False):  # of use outside of it, too
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def rk4_step(f: Rhs, x: Tensor, dt: float) -> Tensor:
@@ -104,9 +112,9 @@ def dopri5(
     return torch.stack(out, dim=1)
 
 
-def _weighted(weights: Sequence[float], slopes: Tensor) -> Tensor:
+def _weighted(weights: tuple[float, ...], slopes: Tensor) -> Tensor:
     """Sum of the first slopes [S, B, C] with these weights, [B, C]."""
-    w = slopes.new_tensor(weights)
+    w = constant(weights, slopes.dtype, slopes.device)
     return (w[:, None, None] * slopes[: len(weights)]).sum(0)
 
 

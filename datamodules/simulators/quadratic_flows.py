@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .integrators import constant
+
 MONOMIALS = ("1", "x", "y", "z", "xx", "xy", "xz", "yy", "yz", "zz")
 LEFT, RIGHT = (
-    [0, 0, 0, 0, 1, 1, 1, 2, 2, 3],
-    [0, 1, 2, 3, 1, 2, 3, 2, 3, 3],
+    (0, 0, 0, 0, 1, 1, 1, 2, 2, 3),
+    (0, 1, 2, 3, 1, 2, 3, 2, 3, 3),
 )  # factors of the monomials among 1, x, y, z
 
 
@@ -126,5 +128,6 @@ FLOWS: dict[str, Flow] = {
 def evaluate(coefficients: Tensor, x: Tensor) -> Tensor:
     """Right-hand sides [..., 3] of the flows [..., 3, 10] at x [..., 3]."""
     one_and_x = torch.cat([torch.ones_like(x[..., :1]), x], -1)
-    monomials = one_and_x[..., LEFT] * one_and_x[..., RIGHT]
+    left, right = (constant(factors, torch.int64, x.device) for factors in (LEFT, RIGHT))
+    monomials = one_and_x[..., left] * one_and_x[..., right]
     return (coefficients * monomials[..., None, :]).sum(-1)

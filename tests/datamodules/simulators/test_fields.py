@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from datamodules import make as make_module
 from datamodules.format import Dataset
 from datamodules.make import MakeConfig, generator_of, load, make
 from datamodules.registry import GENERATORS, lookup
+from datamodules.simulators import base
 from datamodules.simulators.compressible_flow_2d import IdealGas
 from datamodules.simulators.darcy_2d import DarcySolver
 from datamodules.simulators.fields import Simulation
@@ -124,18 +129,82 @@ def test_a_data_set_with_arrays_of_mixed_rank(tmp_path):
     assert Dataset.open(url).arrays["speed"].shape == (24,)
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device='cuda': torch finds no GPU here"):
+def gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "", "mps", "xpu", "meta", "cpu:1", "cuda:", "cuda:-1", "cuda:07", "cuda:300"]
+)
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(ValueError, match=rf"device='{device}': simulators run on cpu, cuda or cuda:<index> only$"):
+        tiny("burgers_1d", device=device)
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    gpus(monkeypatch, 0)
+    with pytest.raises(ValueError, match=r"^device='cuda': torch finds no GPU here; use device: cpu$"):
         tiny("burgers_1d", device="cuda").values("fields", 0)
-    with pytest.raises(ValueError, match="device='gpu'"):
-        tiny("burgers_1d", device="gpu")
+    gpus(monkeypatch, 2)
+    assert tiny("burgers_1d", device="cuda:1").device == torch.device("cuda:1")
+    config = load(str(CONFIGS / "burgers_1d.yaml"), [f"url={tmp_path}/d", "generator.device=cuda:7"])
+    with pytest.raises(ValueError, match=r"^device='cuda:7': the last GPU here is cuda:1; use device: cuda for any$"):
+        make(config)
+    assert not any(tmp_path.iterdir())
+
+
+def test_workers_take_the_gpus_in_turn(monkeypatch):
+    gpus(monkeypatch, 2)
+    monkeypatch.setattr(base, "_worker", None)
+    monkeypatch.setattr(make_module, "_worker", None)
+    monkeypatch.setattr(make_module, "ctypes", Mock())  # this process is to outlive its parent
+    generator, fixed = tiny("burgers_1d", device="cuda"), tiny("burgers_1d", device="cuda:1")
+    assert generator.device == torch.device("cuda")
+    started, found = multiprocessing.get_context("spawn").Value("i", 0), []
+    for _ in range(3):
+        make_module._start_worker(Mock(), generator, started)
+        found.append((str(generator.device), str(fixed.device)))
+    assert found == [("cuda:0", "cuda:1"), ("cuda:1", "cuda:1"), ("cuda:0", "cuda:1")]
+
+
+def fails(error: Exception) -> Callable[..., torch.Tensor]:
+    def solve(*_: object) -> torch.Tensor:
+        raise error
+
+    return solve
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda *_: torch.empty(2**60),  # what torch itself says of the CPU
+        fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.\nGPU 0 has ...")),
+        fails(RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED")),
+        fails(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+        fails(MemoryError()),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(solve, monkeypatch):
+    generator = tiny("burgers_1d")
+    monkeypatch.setattr(generator, "solve", solve)
+    told = "^batch=2: 2 trajectories do not fit into the memory of cpu; use a smaller batch or fewer workers$"
+    with pytest.raises(ValueError, match=told):
+        generator.values("fields", 0)
+
+
+def test_other_errors_are_left_as_they_are(monkeypatch):
+    generator = tiny("burgers_1d")
+    monkeypatch.setattr(generator, "solve", fails(RuntimeError("CUDA error: an illegal memory access")))
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        generator.values("fields", 0)
 
 
 @pytest.mark.parametrize("name", [name for name in SIMULATIONS if name not in DATA_DEPENDENT])
-def test_nothing_is_left_on_the_cpu(name):
+def test_nothing_is_left_on_the_cpu(name, monkeypatch):
     """Tensors of `meta` have no data and mix with those of no other device: what runs on them runs on a GPU."""
-    generator = tiny(name, device="meta")
+    monkeypatch.setattr(Simulation, "device", torch.device("meta"))
+    generator = tiny(name)
     assert generator.solve([0, 1]).device.type == "meta"
 
 

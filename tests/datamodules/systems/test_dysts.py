@@ -92,6 +92,11 @@ def test_a_name_of_a_flow_and_a_map():
         make(DystsSystem, kind="flux")
 
 
+def test_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="device='cuda': dysts solves with NumPy, on the CPU alone; use device: cpu"):
+        make(DystsSystem, device="cuda")
+
+
 def test_the_package_itself():
     """Names that both have, against the equations; a flow keeps to dysts' own period; a worker gets a copy."""
     if importlib.util.find_spec("dysts") is None:
