@@ -6,7 +6,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
@@ -24,6 +24,7 @@ from datamodules.simulators.base import Generator, set_worker
 from datamodules.store import NotFound, Store, StoreError
 
 Progress = Callable[[int, int], None]
+Job = tuple[str, int]  # an array and the number of a shard of it
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -108,19 +109,28 @@ def _identity(config: MakeConfig, name: str, generator: Generator) -> dict[str, 
     return {"generator": description, "shard_bytes": config.shard_bytes}
 
 
-def _write(writer: Writer, generator: Generator, name: str, k: int) -> dict[str, Any]:
-    """Compute and write one shard unless it is there and whole; returns its record."""
-    found = writer.written(name, k)
-    if found is not None:
-        return found
+def _write(writer: Writer, generator: Generator, bundle: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Compute and write the shards of one bundle, unless all of them are there and whole; each with its record.
+
+    A few of them are not kept: where a generator chooses by the bits of a chaotic solution, as the skew product does, those
+    written on one machine and the rest on another may be of other choices.
+    """
+    found = {job: writer.written(*job) for job in bundle}
+    kept = {job: record for job, record in found.items() if record is not None}
+    if len(kept) == len(bundle):
+        yield from kept.items()
+        return
+    for job in kept:  # first of all, so that none of them is taken for one of those to come
+        writer.forget(*job)
     attributes = generator.attributes()
-    train = attributes["splits"].get("train") if name == attributes["array"] else None
-    return writer.write_shard(name, k, generator.values(name, k), tuple(train) if train else None)
+    for name, k in bundle:
+        train = attributes["splits"].get("train") if name == attributes["array"] else None
+        yield (name, k), writer.write_shard(name, k, generator.values(name, k), tuple(train) if train else None)
 
 
-def bundles(writer: Writer) -> list[list[tuple[str, int]]]:
+def bundles(writer: Writer) -> list[list[Job]]:
     """All shards, those of the same trajectories together: what one process found out for one array serves the others."""
-    found: dict[tuple[int, int, int], list[tuple[str, int]]] = {}
+    found: dict[tuple[int, int, int], list[Job]] = {}
     for name, k in writer.shards():
         spec = writer.specs[name]
         found.setdefault((spec.shape[0], spec.shard_length, k), []).append((name, k))
@@ -140,15 +150,15 @@ def _start_worker(writer: Writer, generator: Generator, started: Synchronized[in
     _worker = writer, generator
 
 
-def _work(jobs: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+def _work(bundle: list[Job]) -> dict[Job, dict[str, Any]]:
     assert _worker is not None
-    return {job: _write(*_worker, *job) for job in jobs}
+    return dict(_write(*_worker, bundle))
 
 
 def make(config: MakeConfig, progress: Progress | None = None) -> str:
     """Write the data set of `config`; returns its URL.
 
-    Call it again after an interruption: shards that are whole are kept. The bytes depend on generator, seed and
+    Call it again after an interruption: shards that are whole are kept, those of the same trajectories together. The bytes depend on generator, seed and
     shard_bytes alone. `progress(done, total)` counts shards. A finished data set of this config is left as it is, without a
     look at the sources (such as text files) that it was made from.
 
@@ -167,25 +177,26 @@ def make(config: MakeConfig, progress: Progress | None = None) -> str:
         return store.url
     identity["source"] = generator.source()
     writer = Writer(store, generator.specs(), identity)
-    jobs = writer.shards()
+    total = len(writer.shards())
     writer.begin()
-    report(0, len(jobs))
-    records: dict[tuple[str, int], dict[str, Any]] = {}
+    report(0, total)
+    records: dict[Job, dict[str, Any]] = {}
     if config.workers == 0:
-        for name, k in jobs:
-            records[name, k] = _write(writer, generator, name, k)
-            report(len(records), len(jobs))
+        for bundle in bundles(writer):
+            for job, record in _write(writer, generator, bundle):
+                records[job] = record
+                report(len(records), total)
     else:
         # Spawned, not forked: torch's threads and store clients do not survive a fork.
         context = multiprocessing.get_context("spawn")
         started = context.Value("i", 0)
         with ProcessPoolExecutor(config.workers, context, _start_worker, (writer, generator, started)) as pool:
-            futures = [pool.submit(_work, some) for some in bundles(writer)]
+            futures = [pool.submit(_work, bundle) for bundle in bundles(writer)]
             try:
                 for future in as_completed(futures):
                     for job, record in future.result().items():
                         records[job] = record
-                        report(len(records), len(jobs))
+                        report(len(records), total)
             except BrokenProcessPool as error:
                 raise DataError(
                     f"{config.url}: a worker process died (memory?); run again to continue, perhaps with fewer workers"

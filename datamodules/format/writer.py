@@ -121,6 +121,10 @@ class Writer:
             return None
         return dict(record)
 
+    def forget(self, name: str, k: int) -> None:
+        """Take a shard for one that has not been written."""
+        self.store.delete(f"{PARTS}/{name}/{k}.json")
+
     def write_shard(
         self,
         name: str,

@@ -156,7 +156,9 @@ class SkewProduct(Trajectories):
         rows = []
         start = k * spec.shard_length
         for i, seed in enumerate(self.seeds(start, start + spec.shard_extent(k)), start):
-            if seed not in self._rows:  # the fields are there already: which system was good takes solving it again
+            # Which system was good depends on the bits of a chaotic solution: that of this process, which wrote the fields
+            # as well if `make` asks.
+            if seed not in self._rows:
                 self.group(i // batch * batch)
             rows.append(self._rows[seed])
         return np.stack(rows)
