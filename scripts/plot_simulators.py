@@ -109,8 +109,19 @@ HEAD = """# Simulators
 
 Every generator solves in float64 and writes float32 shards; trajectory i depends on the config, the seed and i alone. Make a
 data set with `keel data make configs/data/<name>.yaml`; ranges such as `viscosity: [0.001, 0.1]` are drawn anew for each
-trajectory and stored in an array of that name. `device: cuda` runs the same torch code on a GPU. The pictures and all figures
-here come from a CPU; of the solvers for other devices it is tested that they leave no tensor on the CPU.
+trajectory and stored in an array of that name. The pictures and all figures here come from a CPU.
+
+## On a GPU
+
+`generator.device=cuda` runs the same torch code on a GPU (all but `dysts`, whose solvers are of NumPy); `cuda:1` is the
+second one. Trajectories are solved `generator.batch` at a time and a step launches the same kernels for one trajectory as for
+many, so set `batch` far above its default of 8 to 64, which is for a CPU, as far as the trajectories fit; too many end in one
+line that says so. A group is solved as a whole: choose `train`, `validation`, `test` and `shard_bytes` such that groups are
+full and a shard holds whole ones. `workers: 0` is right for one GPU; with `device: cuda` and as many workers as there are
+GPUs each worker takes one. Random numbers are drawn by NumPy and are the same everywhere, while the last bits of a solution
+depend on device and `batch`, which are part of a data set's identity: chaotic trajectories of two devices part after a while.
+Without a GPU it is tested that every solver keeps its tensors on the device, and that no step of an ODE, map, shell model or
+skew product copies from the host; DOPRI5 and the finite volumes look at their data each step, to see whether they are done.
 
 This page and its pictures are written by `python scripts/plot_simulators.py`.
 """

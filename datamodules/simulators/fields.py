@@ -57,8 +57,8 @@ class SimulationConfig:
 
     frames: saved per trajectory. dt_save: time between them.
     train, validation, test: trajectories of each split.
-    batch: trajectories solved together. The last bits of an FFT depend on it, so it is part of the config. A GPU is busy with
-        hundreds, as far as they fit into its memory.
+    batch: trajectories solved together. The last bits of an FFT depend on it, so it is part of the config. A GPU wants
+        many more than the default, as far as they fit into its memory.
     device: where they are solved, "cpu", "cuda" or "cuda:<index>"; the bits depend on it too. With "cuda" the worker
         processes of `make` take the GPUs in turn.
 

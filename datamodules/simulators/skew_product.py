@@ -10,6 +10,24 @@ p (1 + spread N(0, 1)), where with probability 1/2 the change has the sign of p.
 
 A drawn system counts when it stays bounded, moves, is steady, is on no line, has a broad spectrum and its response is chaotic
 by the 0-1 test; otherwise another one is drawn. Time is in periods.
+
+Panda's code (github.com/abao1999/panda at c229e7c) differs in these points:
+
+- base systems: pairs of different ones among the flows of dysts without delay (129 in dysts 0.96, of 3 to 10 components, driven
+  ones too); here 8 autonomous quadratic ones of 3 components, and a system may drive its like
+- time: each system in its own units, the longer period counts; here both have period 1
+- coupling: both flows times 1 / rms, components that the driver lacks padded with zeros; here one factor R_j on the driver's
+- spread 0.5 (here 0.2), plus a variance of 1e-6, of parameters and of both scales; its script of skew products leaves the sign of
+  the change free (its config has the 1/2); push is 1 before it is spread (here 0.5)
+- selection: of the trajectories that are stored; here of a reference of 50 periods, on whose points they start (there: on the
+  second half of 40 periods)
+- thresholds, there and here: line 0.99 and 0.98; deviations 15 and 10; rest in the last 10 % and 5 %; spectrum 4 peaks above 1e-5
+  and 3 above 1e-4; 0-1 test: a fifth of K over 100 frequencies at least 0.2, of any component, and the median of K over 50 at
+  least 0.5, of the response; stationary by the ADF or KPSS test, and means of both halves within one standard deviation
+- solver: Radau at rtol 1e-9, atol 1e-10, with a limit of 300 s; here DOPRI5 at 1e-8 with a limit of steps
+- size: 4,096 frames over 40 periods, 5,000 pairs with 4 draws of parameters and 1 start each; here `frames`, `dt_save`, and
+  as many systems as asked for with `per_system` starts each
+- splits: by pairs, 70 to 30; here each split draws its own systems from the same base flows
 """
 
 from __future__ import annotations

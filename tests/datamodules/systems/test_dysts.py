@@ -34,6 +34,17 @@ class Failing(Flow):
         return None
 
 
+class Startless(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.ic
+
+
+class Refusing(Flow):
+    def make_trajectory(self, n, **options):
+        raise ValueError("`first_step` exceeds bounds.")
+
+
 class Shift:
     """A map of one component with the interface of `dysts.base.DynMap`: the first value is the first iterate."""
 
@@ -47,7 +58,10 @@ class Shift:
 @pytest.fixture
 def dysts(monkeypatch) -> None:
     flows, maps = ModuleType("dysts.flows"), ModuleType("dysts.maps")
-    held = ((flows, {"Spiral": Flow, "Failing": Failing, "Both": Flow}), (maps, {"Shift": Shift, "Both": Shift}))
+    held = (
+        (flows, {"Spiral": Flow, "Failing": Failing, "Refusing": Refusing, "Startless": Startless, "Both": Flow}),
+        (maps, {"Shift": Shift, "Both": Shift}),
+    )
     for module, members in held:
         for name, value in members.items():
             setattr(module, name, type(name, (value,), {"__module__": module.__name__}))
@@ -125,6 +139,14 @@ def test_mistakes_are_named():
         make(DystsSystem, system="DynSys")
     with pytest.raises(ValueError, match="system=Failing: dysts could not integrate"):
         make(DystsSystem, system="Failing").group(0)
+    with pytest.raises(
+        ValueError, match=r"system=Refusing: dysts could not integrate a trajectory \(`first_step` exceeds"
+    ):
+        make(DystsSystem, system="Refusing").group(0)
+    with pytest.raises(ValueError, match="system=Startless: dysts lists no initial state for it"):
+        make(DystsSystem, system="Startless")
+    with pytest.raises(ValueError, match="method='RK5': unknown; use one of RK45, "):
+        make(DystsSystem, system="Spiral", method="RK5")
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):
