@@ -237,18 +237,57 @@ def line(found: dict[str, Any]) -> list[Any]:
     ]
 
 
+def table(known: list[dict[str, Any]], device: str, note: str = "", quietly: bool = False) -> None:
+    """Shows what is known of the runs."""
+    from _table import show
+
+    sources = [row["throughput"]["peak_source"] for row in known if "peak_source" in row.get("throughput", {})]
+    columns = ["run", "status", "ms per step", "per second", "MFU", "peak GiB", "planned GiB", "ratio"]
+    peaks = ", ".join(dict.fromkeys(sources)) or "no known peak"
+    told = f"{STEPS} steps each; MFU of: {peaks}; aim of the ratio: 0.9 to 1.1"
+    if any(row.get("shared") for row in known):
+        told += "; several of the small runs at a time: no times of these"
+    show(f"Keel on one {device}", columns, [line(row) for row in known], told + note, quietly=quietly)
+
+
+def joined(options: argparse.Namespace) -> int:
+    """The table of saved figures: of each run those of the last file that has it."""
+    from _table import save
+
+    files = [json.loads(Path(name).read_text()) for name in options.from_json]
+    runs: dict[str, dict[str, Any]] = {}
+    told: list[str] = []
+    for found in files:
+        here = {name: row for name, row in found.items() if name in CASES}
+        told.append(f"{', '.join(here) if told else 'first'} at {found['machine']['commit']}")
+        runs |= here
+    device = next((found["device"] for found in files if "device" in found), "GPU")
+    note = f"; measured {'; '.join(told)}" if len(files) > 1 else ""
+    table([runs[name] for name in CASES if name in runs], device, note)
+    save(options, {"device": device, **runs}, measured_on=files[0]["machine"])
+    return 0
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         words = sys.argv[3:]
         print(json.dumps(plan(sys.argv[2], "--tiny" in words) if "--plan" in words else child(sys.argv[2], words)))
         return 0
-    from _table import parser, save, show
+    from _table import parser, save
 
     arguments = parser(__doc__)
     arguments.add_argument("--only", metavar="WORD", default="", help="only the runs whose name holds this")
     arguments.add_argument("--jobs", type=int, default=1, help="small runs at a time, then without their times")
     arguments.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # on the CPU: checks this script
+    arguments.add_argument(
+        "--from-json",
+        metavar="FILE",
+        action="append",
+        help="only the table of saved figures; the last that has a run counts",
+    )
     options = arguments.parse_args()
+    if options.from_json:
+        return joined(options)
     if not torch.cuda.is_available() and not options.tiny:
         print("gpu-check: there is no CUDA GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
         return 2
@@ -273,14 +312,8 @@ def main() -> int:
             f"{time.monotonic() - began:4.0f} s  {found['name']}: {found.get('error') or found['status']}", flush=True
         )
         known = [row for row in rows.values() if row]
-        sources = [row["throughput"]["peak_source"] for row in known if "peak_source" in row.get("throughput", {})]
-        columns = ["run", "status", "ms per step", "per second", "MFU", "peak GiB", "planned GiB", "ratio"]
-        peaks = ", ".join(dict.fromkeys(sources)) or "no known peak"
-        note = f"{STEPS} steps each; MFU of: {peaks}; aim of the ratio: 0.9 to 1.1"
-        if options.jobs > 1:
-            note += f"; {options.jobs} of the small runs at a time: no times of these"
-        show(f"Keel on one {device}", columns, [line(row) for row in known], note, quietly=len(known) < len(names))
-        save(options, {row["name"]: row for row in known})
+        table(known, device, quietly=len(known) < len(names))
+        save(options, {"device": device, **{row["name"]: row for row in known}})
 
     with tempfile.TemporaryDirectory() as folder:
         data = {"fno": fields(f"{folder}/fields"), "transformer": text(f"{folder}/text")}

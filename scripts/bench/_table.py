@@ -57,18 +57,28 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(options: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Writes the figures, and the table shown last, with what they were measured on, where the options say."""
-    measured_on = machine()
+def save(
+    options: argparse.Namespace, figures: dict[str, Any], tables: int = 1, measured_on: dict[str, Any] | None = None
+) -> None:
+    """Writes the figures, and the tables shown last, with what they were measured on (now, here), where the options say."""
+    measured_on = measured_on or machine()
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"machine": measured_on, **figures}, file, indent=1, sort_keys=True)
             file.write("\n")
     if options.markdown:
-        title, columns, rows, note = _shown[-1]
-        lines = [f"# {title}", "", f"{note}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines += ["", *(f"- {name}: {value}" for name, value in measured_on.items()), ""]
+        lines = []
+        for title, columns, rows, note in _shown[-tables:]:
+            lines += [
+                f"# {title}",
+                "",
+                f"{note}.",
+                "",
+                "| " + " | ".join(columns) + " |",
+                "|" + " --- |" * len(columns),
+            ]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [*(f"- {name}: {value}" for name, value in measured_on.items()), ""]
         os.makedirs(os.path.dirname(options.markdown) or ".", exist_ok=True)
         with open(options.markdown, "w") as file:
             file.write("\n".join(lines))

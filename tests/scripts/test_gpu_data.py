@@ -45,9 +45,10 @@ def test_every_equation_that_a_gpu_can_solve_is_tried(gpu_data: Any) -> None:
 
 
 def test_what_is_wrong_is_told(gpu_data: Any, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    well = {"second": 1e-12, "same": True}
+    well = {"name": "wave_1d", "second": 1e-12, "same": True}
     assert gpu_data.wrong(well) == ""
     assert gpu_data.wrong({**well, "second": 1e-3}) == "far from the CPU"
+    assert gpu_data.wrong({**well, "second": 1e-3, "name": "skew_product"}) == ""
     assert gpu_data.wrong({**well, "same": False}) == "twice not the same"
     batches = {"digests": ["a"], "expected": ["a"], "loose": []}
     assert gpu_data.wrong(batches) == ""
