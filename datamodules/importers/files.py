@@ -17,9 +17,11 @@ from datamodules.store import NotFound, Store
 SPLIT_FOLDERS = {
     "train": "train", "valid": "validation", "validation": "validation", "val": "validation", "test": "test",
 }  # fmt: skip
+ZARR = ("zarr.json", ".zgroup", ".zarray")  # of which a Zarr hierarchy has one
 BLOCK_BYTES = 4 * 2**20
 BLOCKS = 16  # held by one open remote file
 EDGE_BYTES = 64 * 2**10
+LOOKS = 16  # objects of a Zarr hierarchy of which the ends are read, about
 
 
 class RangeFile(io.RawIOBase):
@@ -68,11 +70,20 @@ class RangeFile(io.RawIOBase):
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One source: `path` in `store`. `split`: the split of the folder it lies in, "" if none is named so."""
+    """One source: `path` in `store`. `split`: the split of the folder it lies in, "" if none is named so.
+
+    group: it is a Zarr hierarchy, whatever its name ends in.
+    """
 
     store: Store = field(compare=False)
     path: str
     split: str = ""
+    group: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """What its name ends in; that of a Zarr hierarchy is .zarr."""
+        return ".zarr" if self.group else os.path.splitext(self.path)[1]
 
     @property
     def url(self) -> str:
@@ -88,20 +99,29 @@ class SourceFile:
         return self.local or io.BufferedReader(RangeFile(self.store, self.path), 64 * 2**10)
 
     def identity(self) -> dict[str, Any]:
-        """What tells the file from another: name, size and a checksum of both ends (reading it whole would cost too much)."""
-        if self.path.endswith(".zarr"):
-            names = self.store.list(self.path)
+        """What tells the file from another: name, size and a checksum of both ends (reading it whole would cost too much).
+
+        Of a Zarr hierarchy: the number of objects, and a checksum of their names and of the ends of some.
+        """
+        if self.suffix == ".zarr":
+            names = sorted(self.store.list(self.path))
             ends = zlib.crc32("\n".join(names).encode())
+            for name in names[:: max(1, len(names) // LOOKS)]:
+                ends = self._ends(name, self.store.size(name), ends)
             return {"name": self.path.rsplit("/", 1)[-1], "size": len(names), "ends": f"{ends:08x}"}
         size = self.store.size(self.path)
+        return {"name": self.path.rsplit("/", 1)[-1], "size": size, "ends": f"{self._ends(self.path, size):08x}"}
+
+    def _ends(self, path: str, size: int, before: int = 0) -> int:
         edge = min(size, EDGE_BYTES)
-        ends = zlib.crc32(self.store.read_range(self.path, 0, edge))
-        ends = zlib.crc32(self.store.read_range(self.path, size - edge, size), ends)
-        return {"name": self.path.rsplit("/", 1)[-1], "size": size, "ends": f"{ends:08x}"}
+        before = zlib.crc32(self.store.read_range(path, 0, edge), before)
+        return zlib.crc32(self.store.read_range(path, size - edge, size), before)
 
 
 def find(source: str, suffixes: Sequence[str], options: dict[str, Any]) -> list[SourceFile]:
     """The files of a path or URL, of a folder (and those below it), or of a pattern with `*`; sorted by path.
+
+    A Zarr hierarchy counts as one file; inside of a folder its name must end in .zarr.
 
     Raises DataError if there is none.
     """
@@ -115,6 +135,8 @@ def find(source: str, suffixes: Sequence[str], options: dict[str, Any]) -> list[
         store = Store(folder or ("/" if source.startswith("/") else "."), **options)
         if name.endswith(".zarr") or _is_file(store, name):
             return [_file(store, name)]
+        if any(_is_file(store, f"{name}/{document}") for document in ZARR):
+            return [_file(store, name, group=True)]
         store = Store(source, **options)
         found = [path for path in _listed(store) if path.endswith(tuple(suffixes))]
     if not found:
@@ -138,6 +160,6 @@ def _listed(store: Store) -> list[str]:
     return list(found)
 
 
-def _file(store: Store, path: str) -> SourceFile:
+def _file(store: Store, path: str, group: bool = False) -> SourceFile:
     folder = store.join(path).rsplit("/", 2)[-2:-1]
-    return SourceFile(store, path, SPLIT_FOLDERS.get(folder[0].lower(), "") if folder else "")
+    return SourceFile(store, path, SPLIT_FOLDERS.get(folder[0].lower(), "") if folder else "", group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def _files(config: ImportConfig) -> list[SourceFile]:
             for file in find(source, suffixes, config.store):
                 if file.url in found:
                     raise DataError(f"{file.url}: is given twice; name each source once")
-                found[file.url] = SourceFile(file.store, file.path, split or file.split)
+                found[file.url] = replace(file, split=split or file.split)
     files = list(found.values())
     named = {file.split for file in files if file.split}
     if named and any(not file.split for file in files) and not config.fractions:
@@ -95,7 +95,7 @@ def importer_of(config: ImportConfig, file: SourceFile) -> tuple[str, Importer]:
     """Name and importer of the config's layout, found out from `file` where it is "auto"."""
     name = config.layout
     if name == "auto":
-        fitting = [n for n in names("importer") if file.path.endswith(lookup("importer", n)[1].suffixes)]
+        fitting = [n for n in names("importer") if file.suffix in lookup("importer", n)[1].suffixes]
         name = next((n for n in fitting if lookup("importer", n)[1].recognises(file)), "")
         if not name:
             raise DataError(f"{file.url}: unknown layout; name one with --layout: {', '.join(names('importer'))}")

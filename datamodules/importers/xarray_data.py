@@ -16,6 +16,7 @@ from datamodules.format import DataError
 
 from .base import FIELDS, Source, Variable, constant, free_name, need, per_trajectory, plain, time_step
 from .files import SourceFile
+from .zarr_groups import open_group
 
 TRAJECTORY = (
     "trajectory", "traj", "sample", "samples", "member", "ensemble", "realization", "batch", "simulation", "run", "case",
@@ -33,6 +34,7 @@ class XarrayConfig:
     trajectory, time, channel: names of these axes in the files. space: those of space, in the order wanted.
     variables: data variables that become channels, in this order; others with time, and those that fit nowhere, are left out.
         Empty: all that have time and space.
+    axes: names, in order, for the axes of Zarr arrays that have as many and name none themselves.
     """
 
     trajectory: str = ""
@@ -40,6 +42,7 @@ class XarrayConfig:
     channel: str = ""
     space: list[str] = field(default_factory=list)
     variables: list[str] = field(default_factory=list)
+    axes: list[str] = field(default_factory=list)
 
 
 class XarrayData:
@@ -51,10 +54,10 @@ class XarrayData:
 
     @staticmethod
     def recognises(file: SourceFile) -> bool:
-        return file.path.endswith(XarrayData.suffixes)
+        return file.suffix in XarrayData.suffixes
 
     def open(self, file: SourceFile) -> Source:
-        data = _open(file)
+        data = _open(file, self.config.axes)
         try:
             variables, attributes = _Reader(file, data, self.config).read()
         except DataError:
@@ -63,18 +66,18 @@ class XarrayData:
         return Source(variables, attributes, data.close)
 
 
-def _open(file: SourceFile) -> Any:
+def _open(file: SourceFile, axes: list[str]) -> Any:
     """The `xarray.Dataset`, nothing of it loaded; times stay numbers."""
+    if file.suffix == ".zarr":
+        return open_group(file, axes, DECODING)
+    if axes:
+        raise ValueError(f"option axes={','.join(axes)}: has no effect on NetCDF, whose axes have names")
     xarray = need("xarray", "reading NetCDF")
     try:
-        if file.path.endswith(".zarr"):
-            need("zarr", "reading Zarr groups")
-            options = {} if file.store.is_local else {"storage_options": file.store.options or None}
-            return xarray.open_zarr(file.local or file.url, chunks=None, **DECODING, **options)
         need("h5netcdf", "reading NetCDF")
         return xarray.open_dataset(file.handle(), engine="h5netcdf", cache=False, **DECODING)
     except (OSError, ValueError, KeyError) as error:
-        if not file.path.endswith(".zarr") and not file.store.exists(file.path):
+        if not file.store.exists(file.path):
             raise DataError(f"{file.url}: no such file") from error
         hint = " A NetCDF-3 file is first made NetCDF-4: nccopy -k nc4 OLD NEW."
         raise DataError(f"{file.url}: cannot be opened ({' '.join(str(error).split())[:200]}).{hint}") from error
