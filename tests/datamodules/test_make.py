@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray
+import zarr
 
 from datamodules import make as make_module
 from datamodules.format import DataError, Dataset, verify
@@ -204,7 +206,7 @@ def test_a_really_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_loads_and_makes_shards(path, tmp_path):
+def test_every_config_makes_shards_that_zarr_and_xarray_read_alike(path, tmp_path):
     small = {
         "navier_stokes_2d": ["generator.dt=0.05", "generator.frames=2", "generator.train=1", "generator.validation=1",
                              "generator.test=0", "generator.batch=2"],
@@ -212,8 +214,20 @@ def test_every_config_loads_and_makes_shards(path, tmp_path):
     }  # fmt: skip
     if path.stem == "dysts" and importlib.util.find_spec("dysts") is None:
         unavailable("dysts is not installed: pip install 'keel[chaos]'")
-    config = load(str(path), [f"url={tmp_path}/d", "workers=0", *small.get(path.stem, [])])
-    assert verify(make(config)) == []
+    url = make(load(str(path), [f"url={tmp_path}/d", "workers=0", *small.get(path.stem, [])]))
+    assert verify(url) == []
+    dataset = Dataset.open(url)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group, data = zarr.open_group(url, mode="r"), xarray.open_zarr(url)
+        assert set(group.array_keys()) == set(data.variables) == set(dataset.arrays) and dataset.arrays
+        for name, array in dataset.arrays.items():
+            expected, axis = np.empty(array.shape, array.dtype), array.window_axis
+            for index in np.ndindex(array.shape[:axis]):
+                array.read(index, 0, array.shape[axis], out=expected[index])
+            assert data[name].dims == array.dimensions and data[name].dtype == group[name].dtype == array.dtype
+            np.testing.assert_array_equal(group[name][...], expected)
+            np.testing.assert_array_equal(data[name].values, expected)
 
 
 @pytest.mark.parametrize(
