@@ -10,6 +10,7 @@ import numpy as np
 
 from datamodules.format import DataError
 
+from . import files
 from .base import FIELDS, Source, Variable, constant
 from .files import RangeFile, SourceFile
 
@@ -80,7 +81,10 @@ class Npy:
 
 
 class _Slices:
-    """Slices of a `.npy` file: a local one is mapped into memory, of a remote one only the bytes of a slice are fetched."""
+    """Slices of a `.npy` file: a local one is mapped into memory, of a remote one only blocks with bytes of a slice are fetched.
+
+    Where trajectory and time are not the first axes these are nearly all blocks: slow, but memory stays the same.
+    """
 
     def __init__(self, file: SourceFile) -> None:
         self.url, self._mapped = file.url, None
@@ -106,20 +110,37 @@ class _Slices:
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
         if self._mapped is not None:
             return np.asarray(self._mapped[index])
-        # Leading axes that are cut give one byte range; the rest of the index is applied to what it holds.
-        lead, offset, rest = 0, 0, list(self.shape)
-        for part, extent in zip(index, self.shape, strict=True):
-            inner = math.prod(self.shape[lead + 1 :])
-            if isinstance(part, slice):
-                a, b, _ = part.indices(extent)
-                offset, rest[0] = offset + a * inner, b - a
-                break
-            offset, lead, rest = offset + part * inner, lead + 1, rest[1:]
-        size = math.prod(rest) * self.dtype.itemsize
+        return self._fetch(index, 0, 0)
+
+    def _fetch(self, index: tuple[Any, ...], axis: int, offset: int) -> np.ndarray:
+        """`index` from `axis` on, applied to the part of the file that begins with entry `offset`.
+
+        A byte range where it is one. Else a part of at most a block is read and cut, and a larger one piece by piece.
+        """
+        part, inner = index[axis], math.prod(self.shape[axis + 1 :])
+        if not isinstance(part, slice) and axis + 1 < len(index):
+            return self._fetch(index, axis + 1, offset + part * inner)
+        a, b, _ = part.indices(self.shape[axis]) if isinstance(part, slice) else (part, part + 1, 1)
+        rest, row = index[axis + 1 :], inner * self.dtype.itemsize
         start = self._begin + offset * self.dtype.itemsize
-        data = self._file.store.read_range(self._file.path, start, start + size)
-        block = np.frombuffer(data, self.dtype).reshape(rest)
-        return np.asarray(block[(slice(None), *index[lead + 1 :])])
+        if all(p == slice(None) for p in rest):
+            data = self._file.store.read_range(self._file.path, start + a * row, start + b * row)
+            block = np.frombuffer(data, self.dtype).reshape(b - a, *self.shape[axis + 1 :])
+        elif row > files.BLOCK_BYTES:
+            block = np.stack([self._fetch(index, axis + 1, offset + j * inner) for j in range(a, b)])
+        else:
+            step = files.BLOCK_BYTES // row
+            pieces = (
+                self._rows(start + j * row, min(step, b - j), axis)[(slice(None), *rest)] for j in range(a, b, step)
+            )
+            block = np.concatenate([piece.copy() for piece in pieces])
+        return block if isinstance(part, slice) else block[0]
+
+    def _rows(self, start: int, count: int, axis: int) -> np.ndarray:
+        """Entries of `axis` from a byte on; the next ones are often in the same block of the file."""
+        self._file.seek(start)
+        data = self._file.read(count * math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize)
+        return np.frombuffer(data, self.dtype).reshape(count, *self.shape[axis + 1 :])
 
     def close(self) -> None:
         """Drop the map."""

@@ -9,6 +9,7 @@ import pytest
 import xarray
 
 from datamodules.format import DataError, Dataset, verify
+from datamodules.importers import files
 from datamodules.importers.run import ImportConfig, import_data
 
 from .layouts import T, X, Y, darcy, flow, gas, groups, tensor, values, well
@@ -186,10 +187,13 @@ def test_netcdf_of_one_trajectory_a_file_with_a_channel_axis(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "axes", ["trajectory,time,channel,y,x", "time,trajectory,y,channel,x", "y,x,channel,time,trajectory"]
 )
-@pytest.mark.parametrize("remote", [False, True])
-def test_npy_in_any_order_of_axes(tmp_path: Path, axes: str, remote: bool, memory: str) -> None:
+@pytest.mark.parametrize("remote", [0, 8, 100, files.BLOCK_BYTES])  # bytes of a block; 0: local
+def test_npy_in_any_order_of_axes(
+    tmp_path: Path, axes: str, remote: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from datamodules.store import Store
 
+    monkeypatch.setattr(files, "BLOCK_BYTES", remote or files.BLOCK_BYTES)
     names = axes.split(",")
     sizes = {"trajectory": 3, "time": T, "channel": 2, "y": Y, "x": X}
     data = values(tuple(sizes[name] for name in names))
