@@ -98,8 +98,8 @@ def per_trajectory(values: np.ndarray, dimensions: tuple[str, ...] = ("trajector
 
 
 def time_step(times: np.ndarray) -> float | None:
-    """The constant step of times [T]; None if there is none (to a thousandth of a step)."""
-    steps = np.diff(np.asarray(times, np.float64))
+    """The one step of times [..., T], of all trajectories; None if there is none (to a thousandth of a step)."""
+    steps = np.diff(np.asarray(times, np.float64), axis=-1)
     if not steps.size or not np.isfinite(steps).all():
         return None
     mean = float(steps.mean())

@@ -124,9 +124,9 @@ class PDEBench:
             )
         held = [velocity] if particles is None else [velocity, particles]
         for data in held:
-            if data.shape[:-1] != velocity.shape[:-1]:
+            if data.shape[:-1] != velocity.shape[:-1] or (data is particles and data.shape[-1] != 1):
                 raise DataError(
-                    f"{file.url}: particles have shape {data.shape}, velocity {velocity.shape}: mixed shapes"
+                    f"{file.url}: particles has shape {data.shape} but velocity {velocity.shape}: mixed shapes"
                 )
         names = components("velocity", list(axes), 1) + ([] if particles is None else ["particles"])
         read: Read = lambda i, a, b: np.concatenate([channels_first(data[i, a:b]) for data in held], 1)  # noqa: E731
@@ -134,14 +134,23 @@ class PDEBench:
         variables = {FIELDS: Variable(("trajectory", "time", "channel", *axes), shape, velocity.dtype.name, read)}
         if "force" in h5:
             force = h5["force"]
+            if force.shape != (n, *space, len(axes)):
+                due = {"trajectory": n, **dict(zip(axes, space, strict=True)), "component": len(axes)}
+                wanted = ", ".join(f"{axis}={extent}" for axis, extent in due.items())
+                raise DataError(f"{file.url}: force has shape {force.shape} where ({wanted}) is due: mixed shapes")
             for c, name in enumerate(components("force", list(axes), 1)):
                 still = _component(force, c)
                 variables[name] = Variable(("trajectory", *axes), (n, *space), force.dtype.name, still)
         attributes = {}
         if "t" in h5:
             times = np.asarray(h5["t"][()], np.float64)
-            variables["times"] = per_trajectory(np.reshape(times, (n, frames)), ("trajectory", "time"))
-            step = time_step(np.reshape(times, (n, frames))[0])
+            if times.shape != (n, frames):
+                raise DataError(
+                    f"{file.url}: t has shape {times.shape} but velocity {velocity.shape} has {n} trajectories of {frames} "
+                    f"frames; the order must be (trajectory, time, {', '.join(axes)}, component): wrong axis order?"
+                )
+            variables["times"] = per_trajectory(times, ("trajectory", "time"))
+            step = time_step(times)
             attributes = {"dt": step} if step is not None else {}
         return _source(file, h5, variables, names, attributes)
 

@@ -195,7 +195,7 @@ class _Reader:
         attributes: dict[str, Any] = {"channels": channels, "grid": plain(self.h5.attrs.get("grid_type", "cartesian"))}
         if "dataset_name" in self.h5.attrs:
             attributes["name"] = plain(self.h5.attrs["dataset_name"])
-        step = time_step(np.reshape(self.time[()], (-1, self.frames))[0])
+        step = time_step(self.time[()])
         attributes |= {"dt": step} if step is not None else {}
         boundaries: dict[str, str] = {}
         for held in self.h5.get("boundary_conditions", {}).values():

@@ -45,7 +45,7 @@ def test_the_well(tmp_path: Path) -> None:
     np.testing.assert_allclose(whole(dataset, "time"), np.linspace(0, 1, T), rtol=1e-7)
     assert dataset.attributes["dt"] == 0.25
     assert dataset.attributes["boundary_conditions"] == {"x": "periodic"}
-    assert dataset.attributes["source"] == {"layout": "well", "version": 2, "files": ["a.hdf5"]}
+    assert dataset.attributes["source"] == {"layout": "well", "version": 3, "files": ["a.hdf5"]}
     expected = fields.astype(np.float64)
     np.testing.assert_allclose(dataset.attributes["statistics"]["mean"], expected.mean((0, 1, 3, 4)), atol=1e-14)
     np.testing.assert_allclose(dataset.attributes["statistics"]["std"], expected.std((0, 1, 3, 4)), rtol=1e-12)
