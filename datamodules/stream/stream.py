@@ -19,6 +19,7 @@ from .ahead import Ahead
 from .metrics import Metrics
 from .order import Order
 from .prefetch import QUICK_S, prefetch
+from .shared import nameless
 
 Batch = dict[str, Tensor]
 Indices = NDArray[np.int64]
@@ -221,6 +222,8 @@ class Stream(IterableDataset[Batch]):
         def read(item: tuple[list[Indices], bool]) -> list[Batch]:
             ids, wait = item
             whole = reader.batch(ids[0] if len(ids) == 1 else np.concatenate(ids), wait)
+            if get_worker_info() is not None:  # bound for another process
+                whole = nameless(whole)
             metrics.add(batches=len(ids))
             if len(ids) == 1:
                 return [whole]

@@ -1,20 +1,24 @@
-"""SIGKILL in any write of kept byte ranges and of statistics: nothing wrong is left."""
+"""SIGKILL in any write of kept byte ranges and of statistics, and of a run with its workers: nothing wrong is left."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.stream import fetch as fetch_module
@@ -155,3 +159,65 @@ def test_statistics(memory: str, tmp_path: Path) -> None:
         (name,) = left(root, "statistics-")  # what was half written is gone
         assert json.loads(next(root.rglob(name)).read_text())["mean"] == pytest.approx(expected)
     assert outcomes == {(0, 0), (0, 1), (1, 1)}
+
+
+# A run with its workers
+
+
+class Names:
+    """Names that are made below /dev/shm meanwhile."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.descriptor = libc.inotify_init1(os.O_NONBLOCK)
+        assert libc.inotify_add_watch(self.descriptor, b"/dev/shm", 0x100) >= 0  # IN_CREATE
+
+    def of(self, processes: set[int]) -> list[str]:
+        """Those of torch in these processes; call it once."""
+        found, at = b"", 0
+        with suppress(BlockingIOError):
+            while piece := os.read(self.descriptor, 1 << 16):
+                found += piece
+        os.close(self.descriptor)
+        names = []
+        while at < len(found):
+            (length,) = struct.unpack_from("I", found, at + 12)
+            names.append(found[at + 16 : at + 16 + length].rstrip(b"\0").decode())
+            at += 16 + length
+        return [name for name in names if name.startswith(tuple(f"torch_{process}_" for process in processes))]
+
+
+def _train(url: str, root: str, tell: int) -> None:
+    os.setsid()
+    config = FieldsConfig(url=url, frames=2, stride=7, cache=root, cache_bytes=1 << 20, input_frames=1)
+    data = FieldsData(config, global_batch=4, micro_batch=2)
+    data.configure(1, 0)
+    loader = iter(DataLoader(data.train_dataloader(), batch_size=None, num_workers=2, multiprocessing_context="fork"))
+    os.write(tell, struct.pack("2i", *(worker.pid for worker in loader._workers)))  # type: ignore[attr-defined]
+    for batch in loader:
+        assert batch["input"].is_shared() and batch["index"].is_shared()
+        os.write(tell, b".")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="watches /dev/shm")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_run_with_workers(memory: str, tmp_path: Path) -> None:
+    """Trainer and workers are killed at once. Their shared memory never had a name, and their cache is sound."""
+    write_fields(memory, trajectories=12, side=SIDE)
+    told, tell = os.pipe()
+    names = Names()
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(memory, str(tmp_path), tell))
+    process.start()
+    os.close(tell)
+    try:
+        workers = struct.unpack("2i", os.read(told, 8))
+        batches = sum(len(os.read(told, 1)) for _ in range(12))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        process.join(20)
+        os.close(told)
+    assert batches == 12 and names.of(set(workers)) == []
+    assert left(tmp_path, ".some")
+    reader = reader_of(memory, tmp_path, 1 << 20)
+    assert torch.equal(reader.batch(IDS)["fields"], torch.from_numpy(field_values(12, 7, side=SIDE)[IDS, :2]))
+    assert left(tmp_path, ".part") == []
