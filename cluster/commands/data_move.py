@@ -67,7 +67,7 @@ def _register_import(commands: Any) -> None:
         description=(
             "Reads SRC and writes a data set, block by block: no file is loaded whole. Layouts:\n"
             "  well      HDF5 of The Well          pdebench  HDF5 of PDEBench\n"
-            "  netcdf    NetCDF-4 and Zarr, through xarray: axes are known by name\n"
+            "  netcdf    NetCDF-4 and Zarr, through xarray: axes are known by name (or -o axes=...)\n"
             "  npy       plain arrays: name the axes with -o axes=trajectory,time,channel,y,x\n"
             "Time-dependent fields become channels of `fields` [trajectory, time, channel, *space]; parameters, coefficients and\n"
             "masks become arrays of their own. Splits: by --split, by --train, --validation and --test, or by the folders\n"
