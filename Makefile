@@ -2,6 +2,7 @@
 VENV := .venv/bin/python
 STORE ?= file
 ARGS ?=
+DATA_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
@@ -26,7 +27,7 @@ lint: setup  ## ruff check, ruff format --check, mypy
 
 gpu-check: setup  ## on a machine with a CUDA GPU: strategies, precisions, memory, MFU; simulators, batches (docs/results/gpu*.md)
 	@$(VENV) scripts/gpu_check.py --markdown docs/results/gpu.md $(ARGS)
-	@$(VENV) scripts/gpu_data.py --markdown docs/results/gpu_data.md $(ARGS)
+	@$(VENV) scripts/gpu_data.py --markdown docs/results/gpu_data.md $(DATA_ARGS)
 
 clean:  ## remove caches and the demo's output, keep .venv
 	@rm -rf .keel/demo-* .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist keel.egg-info/SOURCES.txt

@@ -35,7 +35,8 @@ class StreamingDataset(IterableDataset[dict[str, Tensor]]):
 
     Iterate it itself (it reads ahead with threads) or through ``DataLoader(stream, batch_size=None, num_workers=w)``: the
     batches and their order are the same. Iteration begins at the current position. Its threads make batches in pinned memory
-    once CUDA is in use; worker processes cannot, so give their loader ``pin_memory=True``.
+    once CUDA is in use; worker processes cannot, so give their loader ``pin_memory=True``. Small batches that follow each other
+    share memory: ``clone`` what you keep or save of one.
 
     Args:
         url: the data set, on any store; none for a mixture, whose ``sources`` name theirs.
@@ -64,10 +65,12 @@ class StreamingDataset(IterableDataset[dict[str, Tensor]]):
     ) -> None:
         config_class, data_class = lookup("data", kind)
         known = [entry.name for entry in fields(config_class)]
+        if url:
+            settings["url"] = url
         for name in settings:
             if name not in known:
                 raise ValueError(f"{name}: no such field of {config_class.__name__}; known: {', '.join(known)}")
-        config = config_class(**settings, **({"url": url} if url else {}))
+        config = config_class(**settings)
         self._data: StreamingDataModule = data_class(
             config, global_batch=global_batch, micro_batch=micro_batch, seed=seed
         )

@@ -158,9 +158,9 @@ def _work(bundle: list[Job]) -> dict[Job, dict[str, Any]]:
 def make(config: MakeConfig, progress: Progress | None = None) -> str:
     """Write the data set of `config`; returns its URL.
 
-    Call it again after an interruption: shards that are whole are kept, those of the same trajectories together. The bytes depend on generator, seed and
-    shard_bytes alone. `progress(done, total)` counts shards. A finished data set of this config is left as it is, without a
-    look at the sources (such as text files) that it was made from.
+    Call it again after an interruption: shards that are whole are kept, those of the same trajectories together or not at
+    all. The bytes depend on generator, seed and shard_bytes alone. `progress(done, total)` counts shards. A finished data set
+    of this config is left as it is, without a look at the sources (such as text files) that it was made from.
 
     Raises:
         DataError: another data set, finished or not, is at the URL.

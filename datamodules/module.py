@@ -283,10 +283,8 @@ class StreamingDataModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, on any world size; loaders made before follow at their next iteration. ``DataError``,
         saying what differs, if it was saved with another data set, seed, split or window."""
-        try:
-            self.cursor.position = stream_state.restore(state_dict, *self._followed(), self.sampling)
-        except DataError as error:
-            raise DataError(f"{getattr(self.config, 'url', self.kind)}: {error}") from error
+        followed, url = self._followed(), getattr(self.config, "url", "")
+        self.cursor.position = stream_state.restore(state_dict, *followed, self.sampling, url)
 
     def _followed(self) -> tuple[str, stream_state.Ordered]:
         """Fingerprint and order of the training samples."""

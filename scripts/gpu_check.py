@@ -259,10 +259,10 @@ def joined(options: argparse.Namespace) -> int:
     told: list[str] = []
     for found in files:
         here = {name: row for name, row in found.items() if name in CASES}
-        told.append(f"{', '.join(here) if told else 'first'} at {found['machine']['commit']}")
+        told.append(f"{', '.join(here)} in another run, at {found['machine']['commit']}")
         runs |= here
     device = next((found["device"] for found in files if "device" in found), "GPU")
-    note = f"; measured {'; '.join(told)}" if len(files) > 1 else ""
+    note = "".join(f"; {again}" for again in told[1:])
     table([runs[name] for name in CASES if name in runs], device, note)
     save(options, {"device": device, **runs}, measured_on=files[0]["machine"])
     return 0

@@ -30,18 +30,21 @@ def open_group(file: SourceFile, axes: Sequence[str], decoding: dict[str, Any]) 
     try:
         node = zarr.open(place, mode="r", **options)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file.url}: is no Zarr group ({' '.join(str(error).split())[:200]})") from error
+        raise _unopened(file, error) from error
     single = isinstance(node, zarr.Array)
     arrays = {"u": node} if single else dict(node.arrays())
     if not arrays:
         raise DataError(f"{file.url}: has no arrays; give the group below it that has")
-    nameless = [name for name, array in arrays.items() if array.ndim and not _named(array)]
-    if not nameless and not single:
+    unnamed = [name for name, array in arrays.items() if array.ndim and not _named(array)]
+    if not unnamed and not single:
         if axes:
             raise ValueError(f"option axes={','.join(axes)}: has no effect, the arrays of {file.url} name their axes")
         with warnings.catch_warnings():  # that reading it is slower without consolidated metadata
             warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated metadata", RuntimeWarning)
-            return xarray.open_zarr(place, chunks=None, **decoding, **options)
+            try:
+                return xarray.open_zarr(place, chunks=None, **decoding, **options)
+            except (OSError, ValueError, KeyError) as error:
+                raise _unopened(file, error) from error
     found = {}
     for name, array in arrays.items():
         names = _named(array) or (tuple(axes) if array.ndim == len(axes) else ())
@@ -52,7 +55,11 @@ def open_group(file: SourceFile, axes: Sequence[str], decoding: dict[str, Any]) 
     try:
         return xarray.Dataset(found, attrs=dict(node.attrs) if not single else {})
     except ValueError as error:  # two extents of one name
-        raise DataError(f"{file.url}: its arrays do not fit together ({' '.join(str(error).split())[:200]})") from error
+        raise _unopened(file, error) from error
+
+
+def _unopened(file: SourceFile, error: Exception) -> DataError:
+    return DataError(f"{file.url}: cannot be opened as a Zarr group ({' '.join(str(error).split())[:200]})")
 
 
 def _named(array: Any) -> tuple[str, ...]:

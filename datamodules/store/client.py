@@ -176,7 +176,7 @@ def _s3_options(options: dict[str, Any]) -> dict[str, Any]:
     config.setdefault("max_pool_connections", keywords.pop("concurrency", CONCURRENCY))
     config.setdefault("retries", {"total_max_attempts": 1})
     region = os.environ.get("AWS_REGION")
-    if region:  # which botocore, unlike the other SDKs, does not read
+    if region and "region_name" not in config:  # which botocore, unlike the other SDKs, does not read
         keywords["client_kwargs"] = {"region_name": region, **(keywords.get("client_kwargs") or {})}
     if not keywords.get("anon"):
         config.setdefault("signature_version", "s3v4")  # else URLs for us-east-1 are signed the old way

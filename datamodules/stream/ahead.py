@@ -6,7 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from queue import SimpleQueue
+
+import numpy as np
 
 from datamodules.format import DataError
 from datamodules.store import StoreError
@@ -14,6 +17,8 @@ from datamodules.store import StoreError
 from .cache import Stopped
 from .prefetch import THREADS, finish
 from .windows import Ids
+
+BLOCK = 64  # batches that are looked at together, and that one step of the stream waits for at most
 
 
 class Ahead:
@@ -44,6 +49,7 @@ class Ahead:
         self._waiting: deque[tuple[int, int]] = deque()  # (batch that needs a shard first, its bytes)
         self._bytes, self._ended = 0, False
         self._recent: dict[str, int] = {}  # shard -> last batch seen to need it
+        self._block: deque[Ids] = deque()  # batches of which some need a shard that is not recent
         self._jobs: SimpleQueue[str | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._serve, name=f"{THREADS}-ahead-{i}", daemon=True) for i in range(threads)
@@ -57,21 +63,34 @@ class Ahead:
         self._step += batches
         while self._waiting and self._waiting[0][0] < self._step:
             self._bytes -= self._waiting.popleft()[1]
-        while not self._ended and self._looked < self._step + self._horizon:
+        until = min(self._step + self._horizon, self._looked + batches + BLOCK)
+        while self._looked < until and (self._block or self._next_block(until)):
             if self._waiting and self._bytes >= self._limit:
                 return
-            ids = next(self._batches, None)
-            if ids is None:
-                self._ended = True
-                return
-            for path, size in self._shards(ids).items():
-                # A shard that is still in use was not evicted; one of an earlier epoch may have been.
-                if self._looked - self._recent.get(path, -1 << 60) > self._horizon:
+            for path, size in self._shards(self._block.popleft()).items():
+                if not self._is_recent(path):
                     self._jobs.put(path)
                     self._waiting.append((self._looked, size))
                     self._bytes += size
                 self._recent[path] = self._looked
             self._looked += 1
+
+    def _next_block(self, until: int) -> bool:
+        """Whether there is a block to look at batch by batch; passes over those that need no other shards than before."""
+        while not self._ended and self._looked < until:
+            block = list(islice(self._batches, min(BLOCK, until - self._looked)))
+            self._ended = not block
+            paths = self._shards(np.concatenate(block)) if block else {}
+            if not all(map(self._is_recent, paths)):
+                self._block.extend(block)
+                return True
+            self._looked += len(block)
+            self._recent |= dict.fromkeys(paths, self._looked - 1)
+        return False
+
+    def _is_recent(self, path: str) -> bool:
+        """A shard that is still in use was not evicted; one of an earlier epoch may have been."""
+        return self._looked - self._recent.get(path, -1 << 60) <= self._horizon
 
     def _serve(self) -> None:
         while (path := self._jobs.get()) is not None:

@@ -15,15 +15,17 @@ R = TypeVar("R")
 THREADS = "keel-stream"  # prefix of the names of the threads
 PATIENCE_S = 1.0  # that closing waits for threads; they are daemons, so that the program's end does not wait either
 QUICK_S = 300e-6  # work that takes less is not worth handing to a thread: they would fight for the interpreter
+CONTENDED = 8  # times as long quick work takes while they do
+PATIENCE, MOST_PATIENCE = 2, 1024  # items of threads that must look quick before the consumer tries to work alone
 
 
 class _Job(Generic[T, R]):
     """One item: whoever gets ``claim`` works on it; ``ready`` is free once that is done."""
 
-    __slots__ = ("claim", "error", "item", "ready", "result", "seconds")
+    __slots__ = ("claim", "error", "item", "offered", "ready", "result", "seconds")
 
-    def __init__(self, item: T) -> None:
-        self.item = item
+    def __init__(self, item: T, offered: bool) -> None:
+        self.item, self.offered = item, offered  # to the threads
         self.claim, self.ready = threading.Lock(), threading.Lock()
         self.ready.acquire()
         self.result: R | None = None
@@ -74,11 +76,12 @@ def prefetch(
     """``map(work, items)`` in order, with up to ``depth`` items in the making or ready ahead of the consumer.
 
     Nothing starts before the first ``next``. An item that no thread has begun when its turn comes is worked on in the
-    consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. While two items in a
-    row took less than ``quick`` seconds, such as small batches from the page cache, all are worked on there, until one takes
-    longer. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the consumer as
-    it is, in its turn. The threads end with the generator: at its end, on an exception, on ``close`` and when it is garbage
-    collected; see ``finish``.
+    consumer's thread, beside the others; ``depth=0`` does that with all of them and starts no thread. Items that take less
+    than ``quick`` seconds, such as small batches from the page cache, are all worked on there, until one takes longer; as
+    threads that fight for the interpreter take longer for the same, that is tried now and then, more rarely each time that
+    it was in vain. ``waited`` gets the seconds that the consumer spent on each item. An exception of ``work`` reaches the
+    consumer as it is, in its turn. The threads end with the generator: at its end, on an exception, on ``close`` and when it
+    is garbage collected; see ``finish``.
     """
     source = iter(items)
     jobs: SimpleQueue[_Job[T, R] | None] = SimpleQueue()
@@ -88,13 +91,13 @@ def prefetch(
     ]
     ahead: deque[_Job[T, R]] = deque()
 
-    short = 0  # items in a row that took little time
+    alone, row, patience = False, 0, PATIENCE  # row: items in a row that look quick
 
     def plan(count: int) -> None:
         for item in islice(source, count):
-            job: _Job[T, R] = _Job(item)
+            job: _Job[T, R] = _Job(item, bool(pool) and not alone)
             ahead.append(job)
-            if pool and short < 2:
+            if job.offered:
                 jobs.put(job)
 
     try:
@@ -112,13 +115,17 @@ def prefetch(
             else:
                 job.ready.acquire()
             result = job.take()
-            if job.seconds < quick:
-                short += 1
-            else:
-                if short >= 2:
-                    for other in ahead:
+            if job.offered and not alone:
+                row = row + 1 if job.seconds < CONTENDED * quick else 0
+                alone = row >= patience
+            elif not job.offered and job.seconds < quick:
+                patience = PATIENCE  # it was right to try
+            elif not job.offered and pool:
+                alone, row, patience = False, 0, min(MOST_PATIENCE, 4 * patience)
+                for other in ahead:
+                    if not other.offered:
+                        other.offered = True
                         jobs.put(other)
-                short = 0
             if first:  # it had the disk and the network to itself: whoever waits for it waits for nothing else
                 plan(depth)
                 first = False

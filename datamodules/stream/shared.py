@@ -1,23 +1,30 @@
-"""Batches in shared memory that never has a name.
+"""Batches in anonymous shared memory.
 
 What a worker process of a ``DataLoader`` puts in its queue PyTorch moves to a file below /dev/shm, which it unlinks a moment
 later: a kill in that moment leaves it there until the machine restarts, and a small /dev/shm (64 MiB in many containers)
-bounds what is in flight. Memory by ``memfd_create`` has neither a name nor that bound; PyTorch hands it on as it is.
+bounds what is in flight. Memory by ``memfd_create`` has neither a name nor that bound; PyTorch hands it on as it is. Where
+Python or the system lacks it, PyTorch goes its own way.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
 from torch import Tensor, UntypedStorage
 
 
-def nameless(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values in shared memory without a name; tensors that view one memory still do. Linux alone has it."""
-    if sys.platform != "linux":
+def anonymous(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values in anonymous shared memory; tensors that view one memory still do."""
+    if not hasattr(os, "memfd_create"):
         return batch
+    try:
+        return _moved(batch)
+    except OSError:  # not allowed here, or no descriptor is left
+        return batch
+
+
+def _moved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     moved: dict[int, UntypedStorage] = {}
     found = {}
     for name, tensor in batch.items():
@@ -25,10 +32,10 @@ def nameless(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if not storage.nbytes() or storage.is_shared():
             found[name] = tensor
             continue
-        if storage.data_ptr() not in moved:
-            moved[storage.data_ptr()] = _shared(storage)
+        if storage._cdata not in moved:
+            moved[storage._cdata] = _shared(storage)
         place = (tensor.storage_offset(), tensor.size(), tensor.stride())
-        found[name] = torch.empty(0, dtype=tensor.dtype).set_(moved[storage.data_ptr()], *place)
+        found[name] = torch.empty(0, dtype=tensor.dtype).set_(moved[storage._cdata], *place)
     return found
 
 

@@ -28,19 +28,21 @@ def save(fingerprint: str, order: Ordered, position: int, sampling: str = "") ->
     return {"epoch": epoch, "position": within, **_identity(fingerprint, order, sampling)}
 
 
-def restore(state: Mapping[str, Any], fingerprint: str, order: Ordered, sampling: str = "") -> int:
-    """Global position of a saved state. ``DataError``, saying what differs, if it belongs to another order."""
+def restore(state: Mapping[str, Any], fingerprint: str, order: Ordered, sampling: str = "", url: str = "") -> int:
+    """Global position of a saved state. ``DataError``, saying what differs (of the data at ``url``), if it belongs to another
+    order."""
+    where = f"{url}: " if url else ""
     for name, value in _identity(fingerprint, order, sampling).items():
         if name not in state:
-            raise DataError(f"the stream state has no {name!r}; it was not saved by this kind of stream")
+            raise DataError(f"{where}the stream state has no {name!r}; it was not saved by this kind of stream")
         if state[name] != value:
             raise DataError(
-                f"the stream cannot go on: {name} is {value}, but the saved state has {state[name]}; {_ADVICE[name]}"
+                f"{where}the stream cannot go on: {name} is {value}, but the saved state has {state[name]}; {_ADVICE[name]}"
             )
     epoch, within = int(state["epoch"]), int(state["position"])
     if epoch < 0 or not 0 <= within < order.n:
         raise DataError(
-            f"the stream state is damaged: epoch={epoch}, position={within} with {order.n} samples an epoch"
+            f"{where}the stream state is damaged: epoch={epoch}, position={within} with {order.n} samples an epoch"
         )
     return epoch * order.n + within
 

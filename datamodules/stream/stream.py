@@ -19,7 +19,7 @@ from .ahead import Ahead
 from .metrics import Metrics
 from .order import Order
 from .prefetch import QUICK_S, prefetch
-from .shared import nameless
+from .shared import anonymous
 
 Batch = dict[str, Tensor]
 Indices = NDArray[np.int64]
@@ -135,7 +135,8 @@ class Stream(IterableDataset[Batch]):
             again goes on where its owner's position is. Picklable if processes are to read.
         read_ahead: reads in the making or ready ahead of the consumer; 0 reads in the consumer's thread. Each makes a
             micro-batch, or, after the first, up to ``JOINED`` of at most ``JOINED_BYTES`` together: most of the time of a small
-            one is not spent on its bytes. They are views of one tensor, so one that is kept keeps the others' memory.
+            one is not spent on its bytes. They share memory, so one that is kept keeps that of the others; and what is wrong
+            with one of them is raised before those of its read that come earlier.
         read_ahead_bytes: bound on what they hold together (one is always allowed).
         threads: threads that read.
         horizon: samples to look ahead for shards to download, with a cache.
@@ -212,7 +213,7 @@ class Stream(IterableDataset[Batch]):
         def planned() -> Iterator[tuple[list[Indices], bool]]:
             mine, first = self._mine(), True
             while ids := list(islice(mine, 1 if first else joined)):
-                if ahead is not None:
+                if ahead is not None and not first:
                     ahead.advance(len(ids))
                 # The first batch does not wait for whole shards: that is what the time to a first batch would be. What it
                 # reads is read twice, so the others do.
@@ -223,12 +224,13 @@ class Stream(IterableDataset[Batch]):
             ids, wait = item
             whole = reader.batch(ids[0] if len(ids) == 1 else np.concatenate(ids), wait)
             if get_worker_info() is not None:  # bound for another process
-                whole = nameless(whole)
+                whole = anonymous(whole)
             metrics.add(batches=len(ids))
             if len(ids) == 1:
                 return [whole]
             parts = zip(*(value.split([len(own) for own in ids]) for value in whole.values()), strict=True)
-            return [dict(zip(whole, part, strict=True)) for part in parts]
+            # Without autograd's knowledge of each other: whoever changes one in place changes no other's version.
+            return [{name: value.data for name, value in zip(whole, part, strict=True)} for part in parts]
 
         def counted(seconds: float) -> None:
             metrics.add(wait=seconds)

@@ -68,7 +68,7 @@ def save(
             file.write("\n")
     if options.markdown:
         lines = []
-        for title, columns, rows, note in _shown[-tables:]:
+        for title, columns, rows, note in _shown[len(_shown) - tables :]:
             lines += [
                 f"# {title}",
                 "",

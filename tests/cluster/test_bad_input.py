@@ -13,7 +13,10 @@ from cluster.launch import EXIT_UNAVAILABLE
 from datamodules.store import Store
 from tests.conftest import free_port, unavailable
 from tests.helpers.runs import fno_config, tiny_fields
+from trainer import config as configs
 from trainer.checkpoint import committed_steps
+from trainer.lifecycle import prepare_new
+from trainer.run import fit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NO_CLOUD = {
@@ -93,7 +96,8 @@ def test_corrupt_shard_in_training(tmp_path: Path, data: Path, processes: int) -
 def test_data_made_anew_under_a_run_that_is_resumed(tmp_path: Path, data: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    assert keel("train", config(tmp_path, str(copy), 1, max_steps=4)).returncode == 0
+    prepare_new(configs.load(config(tmp_path, str(copy), 1, max_steps=4), ["strategy.name=ddp"]))
+    fit(configs.load(str(tmp_path / "run" / "config.yaml")))
     saved = sorted(committed_steps(Store(str(tmp_path / "run" / "checkpoints"))))
     shutil.rmtree(copy)
     tiny_fields(str(copy), seed=1)

@@ -57,7 +57,11 @@ def test_credentials_of_the_environment_are_found(nobody: None, monkeypatch: pyt
     assert _secret(filesystem({"endpoint_url": "http://127.0.0.1:9999"})) == "of the environment"
 
 
-@pytest.mark.parametrize("given", [{}, {"client_kwargs": {"region_name": "eu-west-1"}}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"client_kwargs": {"region_name": "eu-west-1"}}, {"config_kwargs": {"region_name": "eu-west-1"}}],
+    ids=["environment", "client", "config"],
+)
 def test_the_region_is_that_of_the_options_or_of_the_environment(
     nobody: None, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:

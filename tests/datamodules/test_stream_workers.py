@@ -8,7 +8,6 @@ import os
 import pickle
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,14 +20,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from datamodules.data import FieldsConfig, FieldsData
+from datamodules.data import FieldsConfig, FieldsData, TextConfig, TextData
 from datamodules.loader import StreamingDataset
 from datamodules.mixture import MixtureConfig, MixtureData
 from datamodules.module import StreamingDataModule
 from datamodules.store import Store
 from datamodules.stream.metrics import Metrics
 
-from .samples import field_values, write_fields
+from .samples import field_values, token_values, write_fields, write_text
 
 BATCH = 24
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -59,11 +58,12 @@ def taken(stream: Any, workers: int, count: int, how: str = "fork") -> list[dict
 
 
 class Kind(NamedTuple):
-    """What is streamed, and the samples that it has by id."""
+    """What is streamed, and the samples that it has by id, as the batches' entry `name`."""
 
     url: str
     config: dict[str, Any]
     samples: np.ndarray
+    name: str = "fields"
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +76,21 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[K
     windows = np.stack([values[i // 5, i % 5 : i % 5 + 3] for i in range(50)])
     apart = [(i, i + lead) for lead in range(1, 7) for i in range(7 - lead)]
     pairs = np.stack([values[t, list(pair)] for t in range(10) for pair in apart])
+    sequences = np.lib.stride_tricks.sliding_window_view(token_values(1200)[:960], 33)[::32].astype(np.int64)
     found: dict[str, list[Kind]] = {}
     for place, base in (("local", str(tmp_path_factory.mktemp("kinds"))), ("remote", memory.url)):
         plain, packed = f"{base}/plain", f"{base}/packed"
         write_fields(plain, trajectories=13, per_shard=4, splits=splits)
         write_fields(packed, trajectories=13, per_shard=4, splits=splits, level=1)
+        text = f"{base}/text"
+        write_text(text, tokens=1200, per_shard=256, chunk=64, separator=7)
         sources = [{"url": plain, "weight": 3, "window_shards": 2}, {"url": packed, "window_shards": 2}]
         found[place] = [
             Kind(plain, {"frames": 3}, windows),
             Kind(packed, {"frames": 3}, windows),
             Kind(plain, {"pairs": True}, pairs),
             Kind("", {"sources": sources}, np.concatenate([windows, windows])),
+            Kind(text, {"seq_len": 32, "documents": True}, sequences, "tokens"),
         ]
     yield found
     memory.delete_tree()
@@ -100,6 +104,10 @@ def data_of(kind: Kind, world: int, rank: int, micro: int = 0, **config: Any) ->
         data = MixtureData(MixtureConfig(sources=sources), **sizes, overrides={"frames": 3})
     else:
         given = {"url": kind.url, "window_shards": 2, **kind.config, **config}
+        if kind.name == "tokens":
+            data = TextData(TextConfig(**given), **sizes)
+            data.configure(world, rank)
+            return data
         data = FieldsData(FieldsConfig(**given), **sizes)
     data.configure(world, rank)
     return data
@@ -112,8 +120,9 @@ def legs() -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
 
 
 @settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(legs=legs(), source=st.sampled_from(["local", "cached", "ranges"]), which=st.integers(0, 3))
+@given(legs=legs(), source=st.sampled_from(["local", "cached", "ranges"]), which=st.integers(0, 4))
 @example(legs=[(2, 2, 3, 1), (4, 1, 0, 1)], source="cached", which=3)
+@example(legs=[(2, 2, 1, 2), (3, 0, 1, 2)], source="ranges", which=4)
 def test_any_world_and_workers_resume_from_any_other(
     kinds: dict[str, list[Kind]],
     tmp_path_factory: pytest.TempPathFactory,
@@ -136,7 +145,11 @@ def test_any_world_and_workers_resume_from_any_other(
                 data.load_state_dict(state)
             batches = taken(data.train_dataloader(), workers if rank < 2 else 0, steps * data.share.accumulation)
             for batch in batches:
-                assert np.array_equal(batch["fields"].numpy(), kind.samples[batch["index"].numpy()])
+                samples = kind.samples[batch["index"].numpy()]
+                assert np.array_equal(batch[kind.name].numpy(), samples)
+                if kind.name == "tokens":
+                    documents = np.cumsum(samples[:, :-1] == 7, 1)
+                    assert np.array_equal(batch["document"].numpy()[:, 1:], documents)
             rows.append(torch.cat([b["index"] for b in batches]).reshape(steps, -1))
             data.advance(BATCH * steps)
             last = data.state_dict()
@@ -181,10 +194,7 @@ def test_memory_shared_with_workers_has_no_name_that_a_kill_could_leave(fields: 
     held = [next(loader) for _ in range(3)]
     assert all(batch["fields"].is_shared() for batch in held)
     processes = [os.getpid(), *(worker.pid for worker in loader._workers)]  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 30
-    while named := named_shared_memory(processes):  # torch's own has a name for an instant
-        assert time.monotonic() < deadline, named
-        time.sleep(0.01)
+    assert named_shared_memory(processes) == set()
     del loader
     assert named_shared_memory([os.getpid()]) == set()
     data.teardown()
@@ -233,6 +243,8 @@ def test_plain_iterable_of_a_mixture(fields: str) -> None:
     stream.close()
     with pytest.raises(ValueError, match="url"):
         StreamingDataset(global_batch=8)
+    with pytest.raises(ValueError, match="url: no such field of MixtureConfig"):
+        StreamingDataset(fields, kind="mixture", sources=sources, global_batch=8)
 
 
 def test_a_lock_held_at_the_fork_stalls_no_worker(fields: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -304,17 +305,33 @@ def test_gpu_check_fails_where_a_run_cannot_be_continued(tmp_path: Path, monkeyp
         assert gpu_check.main() == code, found
 
 
-def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path) -> None:
-    script, case = BENCH.parent / "gpu_check.py", "fsdp, muon, bad steps undone, continued"
-    command = [
-        sys.executable,
-        str(script),
-        "--tiny",
-        "--only",
-        case,
-        "--markdown",
-        str(tmp_path / "gpu.md"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"| {case} | ok, continued |" in (tmp_path / "gpu.md").read_text()
+def test_gpu_check_joins_figures_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_check
+
+    def run(name: str, **more: Any) -> dict[str, Any]:
+        return {"name": name, "status": "ok", "throughput": {"steps_per_s": 2.0, "samples_per_s": 1.0}, **more}
+
+    ddp, fsdp = (run(name, peak=1 << 30, planned=1 << 30, shared=False) for name in ("ddp", "fsdp"))
+    words = ["gpu_check.py", "--markdown", str(tmp_path / "gpu.md")]
+    for i, found in enumerate(({"ddp": ddp, "fsdp": {"name": "fsdp", "error": "it broke"}}, {"fsdp": fsdp})):
+        saved = {**found, "device": f"card {i}", "machine": {"commit": f"c{i}"}}
+        (tmp_path / f"{i}.json").write_text(json.dumps(saved))
+        words += ["--from-json", str(tmp_path / f"{i}.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_check.main() == 0
+    page = (tmp_path / "gpu.md").read_text()
+    assert "# Keel on one card 0" in page and "; fsdp in another run, at c1" in page and "- commit: c0" in page
+    assert "| fsdp | ok | 500 |" in page and "it broke" not in page
+
+
+def test_gpu_check_runs_from_end_to_end_on_tiny_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_check
+
+    case, page = "fsdp, muon, bad steps undone, continued", tmp_path / "gpu.md"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--only", case, "--markdown", str(page)])
+    assert gpu_check.main() == 0
+    assert f"| {case} | ok, continued |" in page.read_text()

@@ -117,11 +117,23 @@ def test_refusals_are_one_clear_line(tmp_path: Path) -> None:
     write_fields(str(tmp_path / "keel"))
     with pytest.raises(DataError, match="is a data set of Keel's already"):
         imported(tmp_path, tmp_path / "keel")
-    with pytest.raises(DataError, match=r"none\.zarr: is no Zarr group"):
+    with pytest.raises(DataError, match=r"none\.zarr: cannot be opened as a Zarr group"):
         imported(tmp_path, tmp_path / "none.zarr")
     xarray.Dataset({"u": (("time", "x"), DATA[0, :, 0, 0])}).to_netcdf(tmp_path / "a.nc", engine="h5netcdf")
     with pytest.raises(ValueError, match="option axes=time,x: has no effect on NetCDF"):
         imported(tmp_path, tmp_path / "a.nc", axes="time,x")
+
+
+@pytest.mark.parametrize("names", [("time", "x"), None], ids=["named", "unnamed"])
+def test_arrays_that_do_not_fit_together_are_one_clear_line(tmp_path: Path, names: tuple[str, str] | None) -> None:
+    place = str(tmp_path / "a.zarr")
+    zarr.create_group(place)
+    for name, extent in (("u", 4), ("v", 5)):
+        zarr.create_array(place, name=name, data=np.zeros((3, extent)), dimension_names=names)
+    options = {} if names else {"axes": "time,x"}
+    with pytest.raises(DataError, match=r"a\.zarr: cannot be opened as a Zarr group \(.*conflicting sizes") as caught:
+        imported(tmp_path, place, **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_values_at_an_import_are_noticed(tmp_path: Path) -> None:
