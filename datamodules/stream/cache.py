@@ -174,7 +174,8 @@ class ShardCache:
                     if part is None:
                         return None, (attempt - 1) * size
                     if self._download(source, path, size, part, stop) == checksum:
-                        os.replace(part, target)
+                        with self._lock("evict"):  # whoever counts might see it under neither name
+                            os.replace(part, target)
                         return self._open(target, size), attempt * size
                 except OutOfSpace as error:
                     self.warn(str(error))

@@ -95,3 +95,10 @@ def fields_reader(url: str, cache: ShardCache | None = None, frames: int = 3, st
 def stream_threads() -> int:
     """Reading threads that are alive."""
     return sum(t.name.startswith(THREADS) for t in threading.enumerate())
+
+
+def used_at_once(cache: ShardCache) -> int:
+    """Bytes that a cache holds at one moment. A listing is none: it may show a file and the one that took its place. While the
+    lock is held nothing leaves and no room is given, so that a second listing has what is really there."""
+    with cache._lock("evict"):
+        return min(cache.used(), cache.used())

@@ -23,6 +23,8 @@ from datamodules.store import Sink
 from datamodules.stream import cache as cache_module
 from datamodules.stream.cache import ShardCache, Stopped, default_root
 
+from .samples import used_at_once
+
 SIZE = 50_000
 PIECE = 7_000
 
@@ -197,7 +199,7 @@ def test_processes_share_a_cache_that_is_too_small(tmp_path: Path) -> None:
         worker.start()
     seen, watcher = [], ShardCache(str(tmp_path), 4 * SIZE)
     while any(worker.is_alive() for worker in workers):
-        seen.append(watcher.used())
+        seen.append(used_at_once(watcher))
         time.sleep(0.005)
     for worker in workers:
         worker.join()

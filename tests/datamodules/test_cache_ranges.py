@@ -27,7 +27,7 @@ from datamodules.stream.fetch import Reader
 from datamodules.stream.files import File
 from datamodules.stream.ranges import RangeCache
 
-from .samples import field_values, fields_reader, write_fields
+from .samples import field_values, fields_reader, used_at_once, write_fields
 
 SIDE = 64
 FRAME = 2 * SIDE * SIDE * 4 + 4  # bytes of a frame with its checksum
@@ -335,7 +335,7 @@ def test_processes_write_the_same_copies_within_the_bound(tmp_path: Path, share:
         worker.start()
     seen, watcher = [], RangeCache(str(tmp_path / "cache"), bound)
     while any(worker.is_alive() for worker in workers):
-        seen.append(watcher.used())
+        seen.append(used_at_once(watcher))
         time.sleep(0.002)
     for worker in workers:
         worker.join()
