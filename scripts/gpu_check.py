@@ -203,11 +203,15 @@ def for_speed(name: str) -> bool:
 
 def start(url: str, *words: str) -> dict[str, Any]:
     """What `child` returns, in a process of its own; `error` if it failed."""
-    command = [sys.executable, __file__, "--child", url, *words]
+    return said([sys.executable, __file__, "--child", url, *words], TIMEOUT_SECONDS)
+
+
+def said(command: list[str], seconds: float) -> dict[str, Any]:
+    """The JSON in the last line that a command prints; `error` if it failed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {TIMEOUT_SECONDS} s"}
+        return {"error": f"not done within {seconds} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     try:

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts/bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts/bench")]
 
 import numpy as np
 import torch
+from gpu_check import said
 
 FRAMES = 6
 CLOSE = 1e-10  # relative difference of the second frame (of a steady problem, the first)
@@ -185,15 +185,7 @@ def rates(name: str, folder: str, device: str) -> dict[str, float]:
 
 def child(*words: str) -> dict[str, Any]:
     """What a process of its own finds; `error` if it fails."""
-    command = [sys.executable, __file__, "--child", *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done within {TIMEOUT_SECONDS} s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return said([sys.executable, __file__, "--child", *words], TIMEOUT_SECONDS)
 
 
 def wrong(found: dict[str, Any]) -> str:

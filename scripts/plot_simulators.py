@@ -120,7 +120,7 @@ line that says so. A group is solved as a whole: choose `train`, `validation`, `
 full and a shard holds whole ones. `workers: 0` is right for one GPU; with `device: cuda` and as many workers as there are
 GPUs each worker takes one. Random numbers are drawn by NumPy and are the same everywhere, while the last bits of a solution
 depend on device and `batch`, which are part of a data set's identity: chaotic trajectories of two devices part after a while.
-Without a GPU it is tested that solvers keep their tensors on the device (where they look at their data, as the finite
+What an H200 gave beside the CPU is in [results/gpu_data.md](results/gpu_data.md), by `make gpu-check`. Without a GPU it is tested that solvers keep their tensors on the device (where they look at their data, as the finite
 volumes, Darcy's iterations, the maps and the skew product do, that their parts keep them), and that no step of an ODE, map,
 shell model or skew product copies from the host; DOPRI5 and the finite volumes look at their data each step, to see whether
 they are done.

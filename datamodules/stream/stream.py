@@ -215,8 +215,8 @@ class Stream(IterableDataset[Batch]):
             while ids := list(islice(mine, 1 if first else joined)):
                 if ahead is not None and not first:
                     ahead.advance(len(ids))
-                # The first batch does not wait for whole shards: that is what the time to a first batch would be. What it
-                # reads is read twice, so the others do.
+                # The first batch has the network to itself and does not wait for whole shards: that is what the time to a
+                # first batch would be. What it reads is read twice, so the others do.
                 yield ids, ahead is None or not first
                 first = False
 

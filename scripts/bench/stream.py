@@ -3,8 +3,8 @@
 Each library reads from its own environment (made on first use) data that it wrote in its own format, 16 MiB shards, in batches
 of 16, shuffled, with 2 workers (Keel: threads), in a new process each time. Cold: files out of the page cache, or an empty
 local cache in front of radosgw. Cached: the epochs after that. Repeats alternate over the libraries and the limits, so that
-load hits all alike; a ratio is one of medians, beside which stand the least and the largest of the repeats. Limits of the machine, on the same bytes: `preadv` into a
-preallocated batch by one thread, and 16 concurrent plain range GETs.
+load hits all alike; a ratio is one of medians, beside which stand the least and the largest of the repeats. Limits of the
+machine, on the same bytes: `preadv` into a preallocated batch by one thread, and 16 concurrent plain range GETs.
 
     python scripts/bench/stream.py --quick                               # some minutes, small data
     python scripts/bench/stream.py --case fields --source local          # some of it
