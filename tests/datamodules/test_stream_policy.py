@@ -381,10 +381,11 @@ def test_memory_is_flat_over_epochs(memory: str, tmp_path: Path, fetch: str) -> 
 
     tracemalloc.start()
     try:
-        before = epochs(10)  # until pools and caches are full
-        grown = epochs(20) - before
+        epochs(10)  # until pools and caches are full
+        early, late = ([epochs(3) for _ in range(5)] for _ in range(2))
     finally:
         tracemalloc.stop()
         data.teardown()
-    assert grown < 4 * size  # of the 100 batches that were made
+    # how many batches are in the making at a moment is chance: the least of several moments is not
+    assert min(late) - min(early) < 2 * size  # of the 75 batches that were made
     assert sum(reference() is not None for reference in alive) <= 1
