@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .direct import SIGNED_SECONDS, DirectReads, Part, Sink, Tags, compare_tag, unsupported
+from .direct import SIGNED_SECONDS, DirectReads, Part, Tags, compare_tag, unsupported
 from .errors import StoreError
 from .retry import SKEWED, is_transient, response_of
 from .sign import Signer
+from .wire import Sink
 
 log = logging.getLogger("keel.store")
 S3_PROTOCOLS = ("s3", "s3a")

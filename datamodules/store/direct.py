@@ -1,74 +1,61 @@
 """Concurrent range GETs over plain HTTP: the fast way to read from S3-compatible stores.
 
 s3fs signs, parses and schedules each request in Python's event loop, which limits small ranges long before the network
-does (`scripts/bench/stream.py` prints both). Here a URL is signed once per object for some minutes, after one that the very
-client signed that s3fs made, so that all its settings hold; then threads with kept connections fetch ranges of it straight
-into their buffers. Nothing here retries, but for a kept connection that the server had closed meanwhile.
+does (`scripts/bench/stream_clients.py` prints both). Here a URL is signed once per object for some minutes, after one that
+the very client signed that s3fs made, so that all its settings hold; then the thread that asks for ranges of it reads them
+over kept connections, as many at once as there may be (see `wire.py`). Nothing here retries, but for a kept connection that
+the server had closed meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
-import io
 import os
-import re
+import select
+import selectors
 import socket
 import ssl
-import struct
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from .errors import Changed
 from .sign import Signer
+from .wire import SINK_PIECE, NoAnswer, Sink, Steps, exchange
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
 MAX_URLS = 65536
-SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
-PIECE = 1 << 20  # bytes asked of the socket at once ...
-SINK_PIECE = 256 << 10  # ... and where a sink takes them: what is still in the processor's cache when it does
-ERROR_BYTES = 64 << 10  # of an error's body
 
 Part = tuple[str, int, int | None]  # key, start, end (None: to the end of the object)
-# Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
-# memory is used again after the call.
-Sink = Callable[[int, memoryview], None]
+Result = bytes | bytearray | int | BaseException
 Tags = dict[str, str]  # object key -> the ETag that it had when it was first read
-
-
-class HttpError(OSError):
-    """An answer other than the bytes asked for; `response` has the form of botocore's, see `retry.response_of`."""
-
-    def __init__(self, status: int, body: bytes, host: str) -> None:
-        code, message = (_field(body, name) for name in (b"Code", b"Message"))
-        super().__init__(": ".join(part for part in (f"HTTP {status} of {host}", code, message) if part))
-        self.status = status
-        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
 
 
 class ConnectTimeoutError(TimeoutError):
     """No connection within `connect_timeout`."""
 
 
-def _field(body: bytes, name: bytes) -> str:
-    found = re.search(rb"<%s>([^<]*)</%s>" % (name, name), body)
-    return found.group(1).decode(errors="replace").strip() if found else ""
+class _Flight:
+    """The request of part ``number`` that is under way on ``sock``, which had served another before if it was ``kept``."""
+
+    def __init__(self, number: int, url: SplitResult, sock: socket.socket, kept: bool, steps: Steps) -> None:
+        self.number, self.url, self.sock, self.kept, self.steps = number, url, sock, kept, steps
+        self.due = 0.0  # when it will have waited too long
 
 
 class DirectReads:
-    """Reads of one process.
+    """Reads of one process; safe to use from several threads.
 
     Args:
         sign: object key -> URL that may be read for SIGNED_SECONDS.
-        concurrency: connections and threads.
+        concurrency: requests in flight, of all threads together.
         connect_timeout, read_timeout: seconds for a connection, and for each piece of an answer.
         verify: False, or a file of certificates to trust in place of the system's, for https.
     """
@@ -86,23 +73,19 @@ class DirectReads:
         self._verify = verify
         self._lock = threading.Lock()
         self._urls: dict[str, tuple[float, SplitResult]] = {}
-        self._idle: dict[tuple[str, str], list[http.client.HTTPConnection]] = {}
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-store")
+        self._idle: dict[tuple[str, str], list[socket.socket]] = {}
+        self.turns = threading.Semaphore(concurrency)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-connect")
         self._tls: ssl.SSLContext | None = None
-        self._scratch = threading.local()
+        self._memory = threading.local()
 
-    def get(
-        self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None, tags: Tags | None = None
-    ) -> list[bytes | bytearray | int | BaseException]:
+    def get(self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None, tags: Tags | None = None) -> list[Result]:
         """The bytes of each part (with sinks: their number), or what went wrong with it.
 
         A body that ends early is an error, never shorter bytes. With ``tags`` an object of another ETag than there is
         `Changed`; new ones are noted.
         """
-        each: Sequence[Sink | None] = sinks or [None] * len(parts)
-        if len(parts) == 1:
-            return [self._one(parts[0], each[0], tags)]
-        return list(self._pool.map(self._one, parts, each, repeat(tags)))
+        return _Call(self, parts, sinks, tags).run()
 
     def forget(self, key: str) -> None:
         """Sign `key` anew when it is next read."""
@@ -110,13 +93,8 @@ class DirectReads:
             self._urls.pop(key, None)
         self._sign.forget(key)
 
-    def _one(self, part: Part, sink: Sink | None, tags: Tags | None) -> bytes | bytearray | int | BaseException:
-        try:
-            return self._read(*part, sink, tags)
-        except Exception as error:
-            return error
-
-    def _url(self, key: str) -> SplitResult:
+    def url(self, key: str) -> SplitResult:
+        """A signed URL of an object."""
         now = time.monotonic()
         with self._lock:
             made, url = self._urls.get(key, (-RESIGN_SECONDS, None))
@@ -128,66 +106,53 @@ class DirectReads:
                 self._urls[key] = now, url
         return url
 
-    def _read(
-        self, key: str, start: int, end: int | None, sink: Sink | None, tags: Tags | None
-    ) -> bytes | bytearray | int:
-        url = self._url(key)
-        place = (url.scheme, url.netloc)
-        headers = {"Accept-Encoding": "identity"}
-        if start or end is not None:
-            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    def kept(self, url: SplitResult) -> socket.socket | None:
+        """A connection that another request has left, if there is one and the server has not closed it."""
         while True:
             with self._lock:
-                kept = self._idle.setdefault(place, [])
-                connection = kept.pop() if kept else None
-            reused = connection is not None
-            if connection is None:
-                connection = self._connect(url)
-            try:
-                try:
-                    connection.request("GET", f"{url.path or '/'}?{url.query}".rstrip("?"), headers=headers)
-                    response = connection.getresponse()
-                except (ConnectionError, http.client.BadStatusLine):
-                    if not reused:
-                        raise
-                    connection.close()
-                    continue  # the server closed it while it was idle: no fault
-                if tags is not None and response.status in (200, 206):
-                    compare_tag(tags, key, response.getheader("ETag"))
-                wanted = end - start if end is not None else None
-                body = self._body(response, wanted, url.netloc, connection.sock, sink)
-            except BaseException:
-                connection.close()
-                raise
-            if response.will_close:
-                connection.close()
-            else:
-                response.close()
-                with self._lock:
-                    kept.append(connection)
-            return body
+                idle = self._idle.setdefault((url.scheme, url.netloc), [])
+                if not idle:
+                    return None
+                sock = idle.pop()
+            look = select.poll()
+            look.register(sock, select.POLLIN)
+            if not look.poll(0):  # a server that has nothing to answer sends nothing but its end
+                return sock
+            sock.close()
 
-    def _connect(self, url: SplitResult) -> http.client.HTTPConnection:
-        if not url.hostname:
-            raise ValueError(f"{url.netloc}: names no host")
-        connection: http.client.HTTPConnection
-        if url.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                url.hostname, url.port, timeout=self.connect_timeout, context=self._context()
-            )
-        else:
-            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=self.connect_timeout)
+    def keep(self, url: SplitResult, sock: socket.socket) -> None:
+        """Leave a connection to the next request."""
+        with self._lock:
+            self._idle.setdefault((url.scheme, url.netloc), []).append(sock)
+
+    def connect(self, urls: Sequence[SplitResult]) -> list[socket.socket | BaseException]:
+        """New connections, made at the same time, which do not block; or why there is none."""
+        if len(urls) == 1:
+            return [self._connect(urls[0])]
+        return list(self._pool.map(self._connect, urls))
+
+    def _connect(self, url: SplitResult) -> socket.socket | BaseException:
         try:
-            connection.connect()
-        except TimeoutError as error:
-            raise ConnectTimeoutError(f"no connection to {url.netloc} in {self.connect_timeout} s") from error
-        except OSError as error:
-            raise type(error)(error.errno, f"{error.strerror or error}, connecting to {url.netloc}") from error
-        connection.sock.settimeout(self.read_timeout)
-        seconds = int(self.read_timeout)
-        within = struct.pack("ll", seconds, int((self.read_timeout - seconds) * 1e6))
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, within)  # for reads that block in the kernel
-        return connection
+            if not url.hostname:
+                raise ValueError(f"{url.netloc}: names no host")
+            connection: http.client.HTTPConnection
+            if url.scheme == "https":
+                connection = http.client.HTTPSConnection(
+                    url.hostname, url.port, timeout=self.connect_timeout, context=self._context()
+                )
+            else:
+                connection = http.client.HTTPConnection(url.hostname, url.port, timeout=self.connect_timeout)
+            try:
+                connection.connect()
+            except TimeoutError as error:
+                raise ConnectTimeoutError(f"no connection to {url.netloc} in {self.connect_timeout} s") from error
+            except OSError as error:
+                raise type(error)(error.errno, f"{error.strerror or error}, connecting to {url.netloc}") from error
+            sock: socket.socket = connection.sock
+            sock.setblocking(False)
+            return sock
+        except Exception as error:
+            return error
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -198,89 +163,124 @@ class DirectReads:
             self._tls = context
         return self._tls
 
-    def _body(
-        self,
-        response: http.client.HTTPResponse,
-        wanted: int | None,
-        host: str,
-        sock: socket.socket | None,
-        sink: Sink | None,
-    ) -> bytes | bytearray | int:
-        """The whole body, or its length once a sink has it; raises for any other answer, too slow a body, and one that is
-        too short or too long."""
-        if response.status == 404:
-            code = _field(response.read(ERROR_BYTES), b"Code")
-            raise FileNotFoundError(errno.ENOENT, code or "Not Found", host)
-        if response.status not in (200, 206):
-            raise HttpError(response.status, response.read(ERROR_BYTES), host)
-        if response.status == 200 and wanted is not None:
-            raise HttpError(response.status, b"<Code>RangeIgnored</Code>", host)
-        length = response.length
-        if length is None:  # chunked, which no store does for an object
-            unsized = response.read()
-            if sink is None:
-                return unsized
-            sink(0, memoryview(unsized))
-            return len(unsized)
-        if wanted is not None and length != wanted:
-            raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
-        limit = time.monotonic() + self.read_timeout + length / SLOWEST
-        whole, done = bytearray(length if sink is None else 0), 0
-        memory, piece = (whole, PIECE) if sink is None else (self._buffer(), SINK_PIECE)
-        body = _Body(response.fp, sock)
-        while done < length:
-            room = min(piece, length - done)
-            view = memoryview(memory)[done : done + room] if sink is None else memoryview(memory)[:room]
-            filled = 0
-            while filled < room:
-                filled += body.receive(view[filled:])
-                if done + filled < length and time.monotonic() > limit:
-                    took = self.read_timeout + length / SLOWEST
-                    raise TimeoutError(f"{host}: {done + filled} of {length} bytes came in {took:.0f} s")
-            if sink is not None:
-                sink(done, view)
-            done += room
-        if sock is not None:
-            sock.settimeout(self.read_timeout)
-        return whole if sink is None else done
-
-    def _buffer(self) -> bytearray:
-        if not hasattr(self._scratch, "buffer"):
-            self._scratch.buffer = bytearray(SINK_PIECE)
-        return self._scratch.buffer
+    def memory(self) -> memoryview:
+        """This thread's memory for bytes on their way to a sink."""
+        if not hasattr(self._memory, "view"):
+            self._memory.view = memoryview(bytearray(SINK_PIECE))
+        return self._memory.view
 
 
-class _Body:
-    """The body of an answer, piece by piece, past Python's own reading, which wakes up for each packet.
+class _Call:
+    """One call of ``DirectReads.get``: its thread steps through its requests in flight as their answers come."""
 
-    A plain socket is made blocking: one call of the kernel then fills the memory, or ends after the socket's own time-out.
-    """
+    def __init__(
+        self, reads: DirectReads, parts: Sequence[Part], sinks: Sequence[Sink] | None, tags: Tags | None
+    ) -> None:
+        self.reads, self.parts, self.tags = reads, parts, tags
+        self.sinks: Sequence[Sink | None] = sinks or [None] * len(parts)
+        self.results: list[Result] = [0] * len(parts)
+        self.left = deque(range(len(parts)))
+        self.turns = 0  # of those that all threads share
+        self.flights: set[_Flight] = set()
+        self.selector = selectors.DefaultSelector()
 
-    def __init__(self, source: io.BufferedReader, sock: socket.socket | None) -> None:
-        self._source = source
-        self._socket = None if isinstance(sock, ssl.SSLSocket) else sock  # none either if the server closes after this
-        self._ahead = -1  # bytes that were read with the headers; -1: not known yet
+    def run(self) -> list[Result]:
+        try:
+            while self.left or self.flights:
+                self.begin()
+                for key, _ in self.selector.select(self.reads.read_timeout / 8 if self.flights else 0):
+                    self.step(key.data)
+                now = time.monotonic()
+                for flight in [flight for flight in self.flights if flight.due < now]:
+                    self.end(flight, TimeoutError("timed out"))
+        finally:
+            for flight in self.flights:
+                flight.sock.close()
+            self.selector.close()
+            if self.turns:
+                self.reads.turns.release(self.turns)
+        return self.results
 
-    def receive(self, memory: memoryview) -> int:
-        """Fill ``memory`` if it comes in time, else a part of it. IncompleteRead at the end, TimeoutError if nothing comes."""
-        if self._socket is None:
-            # Not readinto: that waits for all of it, however slowly its bytes come.
-            count = self._source.readinto1(memory)
-        else:
-            if self._ahead < 0:
-                self._ahead = len(self._source.peek())  # waits for one packet at most
-                self._socket.settimeout(None)
-            if self._ahead:
-                count = self._source.readinto1(memory[: self._ahead])
-                self._ahead -= count
+    def begin(self) -> None:
+        """Send as many requests as there may be; wait for a turn only where there is nothing else to do."""
+        new: list[tuple[int, SplitResult]] = []
+        while self.left and self.reads.turns.acquire(blocking=not self.flights and not new):
+            self.turns += 1
+            number = self.left.popleft()
+            try:
+                url = self.reads.url(self.parts[number][0])
+            except Exception as error:
+                self.finish(number, error)
+                continue
+            sock = self.reads.kept(url)
+            if sock is None:
+                new.append((number, url))
             else:
-                try:
-                    count = self._socket.recv_into(memory, 0, socket.MSG_WAITALL)
-                except BlockingIOError:
-                    raise TimeoutError("timed out") from None
-        if not count:
-            raise http.client.IncompleteRead(b"", len(memory))
-        return count
+                self.send(number, url, sock, True)
+        self.connect(new)
+
+    def connect(self, new: Sequence[tuple[int, SplitResult]]) -> None:
+        for (number, url), made in zip(new, self.reads.connect([url for _, url in new]), strict=True):
+            if isinstance(made, BaseException):
+                self.finish(number, made)
+            else:
+                self.send(number, url, made, False)
+
+    def send(self, number: int, url: SplitResult, sock: socket.socket, kept: bool) -> None:
+        key, start, end = self.parts[number]
+        target = f"{url.path or '/'}?{url.query}".rstrip("?")
+        lines = [f"GET {target} HTTP/1.1", f"Host: {url.netloc}", "Accept-Encoding: identity"]
+        if start or end is not None:
+            lines.append(f"Range: bytes={start}-{'' if end is None else end - 1}")
+
+        def seen(tag: str | None) -> None:
+            if self.tags is not None:
+                compare_tag(self.tags, key, tag)
+
+        wanted = None if end is None else end - start
+        request = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        steps = exchange(
+            sock, request, url.netloc, wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
+        )
+        flight = _Flight(number, url, sock, kept, steps)
+        self.flights.add(flight)
+        self.selector.register(sock, selectors.EVENT_READ, flight)
+        self.step(flight)
+
+    def step(self, flight: _Flight) -> None:
+        """Go on with what has come."""
+        try:
+            next(flight.steps)
+            flight.due = time.monotonic() + self.reads.read_timeout
+        except StopIteration as ended:
+            body, keep = ended.value
+            self.end(flight, body, keep)
+        except NoAnswer as error:
+            if flight.kept:  # the server closed it while it was idle: no fault
+                self.drop(flight)
+                self.connect([(flight.number, flight.url)])
+            else:
+                self.end(flight, error)
+        except Exception as error:
+            self.end(flight, error)
+
+    def drop(self, flight: _Flight, keep: bool = False) -> None:
+        """Let go of its connection."""
+        self.flights.discard(flight)
+        self.selector.unregister(flight.sock)
+        if keep:
+            self.reads.keep(flight.url, flight.sock)
+        else:
+            flight.sock.close()
+
+    def end(self, flight: _Flight, result: Result, keep: bool = False) -> None:
+        self.drop(flight, keep)
+        self.finish(flight.number, result)
+
+    def finish(self, number: int, result: Result) -> None:
+        self.results[number] = result
+        self.turns -= 1
+        self.reads.turns.release()
 
 
 def compare_tag(tags: Tags, key: str, tag: str | None) -> None:

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 from . import local, looks, multipart
 from .client import CONCURRENCY, S3_PROTOCOLS, Client, client, configured
 from .conditional import create
-from .direct import Sink, Tags
+from .direct import Tags
 from .errors import Changed, NoBucket, NotFound, ShortRead, StoreError
 from .names import canonical_json, checked, join_url
 from .retry import Retry, is_connect_fault, is_transient, response_of
 from .translate import translate
+from .wire import Sink
 
 T = TypeVar("T")
 Range = tuple[str, int, int]

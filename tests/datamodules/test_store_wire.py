@@ -16,7 +16,7 @@ from fsspec.config import conf
 
 from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError
-from datamodules.store import Sink, Store, StoreError, Unreachable, direct, multipart
+from datamodules.store import Sink, Store, StoreError, Unreachable, multipart, wire
 from tests.helpers.faulty_proxy import FAULTS, FaultyProxy
 
 from .samples import field_values, fields_reader, replace_shard, write_fields
@@ -58,7 +58,7 @@ def of_shards(method: str, path: str) -> bool:
 @pytest.mark.parametrize("cached", [True, False], ids=["shards", "ranges"])
 def test_faults_change_nothing_in_the_data(data, proxy, tmp_path: Path, monkeypatch, fault: str, cached: bool) -> None:
     here, there = data
-    monkeypatch.setattr(direct, "SLOWEST", 1 << 20)
+    monkeypatch.setattr(wire, "SLOWEST", 1 << 20)
     count = 4 if fault in ("hang", "trickle") else 10
     expected = stream(here, count)
     seen: dict[str, int] = {}
@@ -77,7 +77,7 @@ def test_faults_change_nothing_in_the_data(data, proxy, tmp_path: Path, monkeypa
 
 def test_every_third_request_fails_in_turn(data, proxy, tmp_path: Path, monkeypatch) -> None:
     here, there = data
-    monkeypatch.setattr(direct, "SLOWEST", 1 << 20)
+    monkeypatch.setattr(wire, "SLOWEST", 1 << 20)
     turn = itertools.cycle(("slow_down", "reset", "cut", "hang_up"))
     proxy.fault = lambda method, path, n: next(turn) if n % 3 == 0 else None
     assert stream(there, 20, cache=str(tmp_path)) == stream(here, 20)
@@ -255,8 +255,8 @@ def test_a_server_that_takes_no_signed_urls_is_read_through_s3fs(s3, proxy, capl
 def test_sinks_get_each_range_in_order_and_from_its_start_after_a_fault(
     s3, proxy, tmp_path: Path, monkeypatch, through: str, fault: str | None
 ) -> None:
-    monkeypatch.setattr(direct, "SINK_PIECE", 1000)
-    monkeypatch.setattr(direct, "SLOWEST", 1 << 20)
+    monkeypatch.setattr(wire, "SINK_PIECE", 1000)
+    monkeypatch.setattr(wire, "SLOWEST", 1 << 20)
     store = Store(str(tmp_path)) if through == "local" else Store(s3.url("sinks"), direct=through == "direct")
     content = bytes(range(256)) * 40
     store.write("x", content)

@@ -1,0 +1,182 @@
+"""One GET on a kept HTTP/1.1 connection, as a generator that yields while it waits for the server.
+
+One thread can thus have many answers on their way: where each has a thread of its own, those fight for the interpreter, and
+parsing an answer with `http.client` takes longer than reading a small range. Only plain answers of a known length are read
+here; any other is left to `http.client`.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import io
+import re
+import socket
+import ssl
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
+PIECE = 1 << 20  # bytes asked of the socket at once ...
+SINK_PIECE = 256 << 10  # ... and where a sink takes them: what is still in the processor's cache when it does
+HEAD = 16 << 10  # bytes asked of the socket at once before the body ...
+MAX_HEAD = 64 << 10  # ... and at most
+ERROR_BYTES = 64 << 10  # of an error's body
+
+# Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
+# memory is used again after the call.
+Sink = Callable[[int, memoryview], None]
+Body = bytes | bytearray | int
+Steps = Generator[None, None, tuple[Body, bool]]
+_STATUS = re.compile(rb"HTTP/1\.(\d) (\d{3})[ \r]")
+
+
+class HttpError(OSError):
+    """An answer other than the bytes asked for; `response` has the form of botocore's, see `retry.response_of`."""
+
+    def __init__(self, status: int, body: bytes, host: str) -> None:
+        code, message = (_field(body, name) for name in (b"Code", b"Message"))
+        super().__init__(": ".join(part for part in (f"HTTP {status} of {host}", code, message) if part))
+        self.status = status
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
+
+
+class NoAnswer(http.client.RemoteDisconnected):
+    """The connection ended before an answer."""
+
+
+def _field(body: bytes, name: bytes) -> str:
+    found = re.search(rb"<%s>([^<]*)</%s>" % (name, name), body)
+    return found.group(1).decode(errors="replace").strip() if found else ""
+
+
+def exchange(
+    sock: socket.socket,
+    request: bytes,
+    host: str,
+    wanted: int | None,
+    sink: Sink | None,
+    seen: Callable[[str | None], None],
+    scratch: memoryview,
+    read_timeout: float,
+) -> Steps:
+    """Sends ``request`` and returns the whole body, or its length once a sink has it, and whether ``sock`` may be kept.
+
+    Yields whenever it needs the socket, which must not block, to be readable. ``wanted``: bytes that the body must have
+    (``None``: any). ``seen`` is told the ETag before the body. ``scratch``: memory of this thread.
+
+    Raises for any other answer (`FileNotFoundError`, `HttpError`), too slow a body, one that is too short or too long
+    (`TimeoutError`, `http.client.IncompleteRead`), and `NoAnswer`.
+    """
+    head = yield from _head(sock, request, scratch[:HEAD])
+    end = head.index(b"\r\n\r\n")
+    match = _STATUS.match(head)
+    fields = {
+        name.strip().lower(): value.strip()
+        for name, _, value in (line.partition(b":") for line in head[:end].split(b"\r\n")[1:])
+    }
+    told = fields.get(b"content-length", b"")
+    if match is None or int(match[2]) not in (200, 206) or b"transfer-encoding" in fields or not told.isdigit():
+        sock.settimeout(read_timeout)
+        return _other(_Replay(head, sock), host, wanted, sink, seen)
+    status, length, rest = int(match[2]), int(told), memoryview(head)[end + 4 :]
+    if status == 200 and wanted is not None:
+        raise HttpError(status, b"<Code>RangeIgnored</Code>", host)
+    tag = fields.get(b"etag")
+    seen(None if tag is None else tag.decode("latin-1"))
+    if wanted is not None and length != wanted:
+        raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
+    keep = match[1] != b"0" and fields.get(b"connection", b"").lower() != b"close" and len(rest) <= length
+    seconds = read_timeout + length / SLOWEST
+    limit, done = time.monotonic() + seconds, min(len(rest), length)
+    whole = bytearray(length if sink is None else 0)
+    if sink is None:
+        whole[:done] = rest[:done]
+    elif done:
+        sink(0, rest[:done])
+    view = memoryview(whole)
+    while done < length:
+        into = view[done : done + PIECE] if sink is None else scratch[: min(SINK_PIECE, length - done)]
+        count = yield from _receive(sock, into)
+        if not count:
+            raise http.client.IncompleteRead(b"", length - done)
+        if sink is not None:
+            sink(done, into[:count])
+        done += count
+        if done < length and time.monotonic() > limit:
+            raise TimeoutError(f"{host}: {done} of {length} bytes came in {seconds:.0f} s")
+    return (whole if sink is None else done), keep
+
+
+def _head(sock: socket.socket, request: bytes, scratch: memoryview) -> Generator[None, None, bytes]:
+    """Sends the request; what has come once all headers have."""
+    head = b""
+    try:
+        sock.sendall(request)
+        while b"\r\n\r\n" not in head:
+            if len(head) > MAX_HEAD:
+                raise http.client.LineTooLong("headers")
+            count = yield from _receive(sock, scratch)
+            if not count:
+                raise ConnectionError("the server closed the connection without an answer")
+            head += scratch[:count]
+    except ConnectionError as error:
+        raise NoAnswer(str(error)) from error
+    return head
+
+
+def _receive(sock: socket.socket, memory: memoryview) -> Generator[None, None, int]:
+    """Some bytes, as soon as there are any; 0 at the end."""
+    while True:
+        if not (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            yield
+        try:
+            return sock.recv_into(memory)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            continue
+        except ssl.SSLWantWriteError:
+            raise ConnectionError("the server asked for new keys in the middle of an answer") from None
+
+
+class _Replay(io.RawIOBase):
+    """A socket for `http.client.HTTPResponse` of which some bytes have been read already."""
+
+    def __init__(self, head: bytes, sock: socket.socket) -> None:
+        self._head, self._sock = memoryview(head), sock
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: Any) -> int:
+        if not self._head:
+            return self._sock.recv_into(memory)
+        count = min(len(memory), len(self._head))
+        memory[:count], self._head = self._head[:count], self._head[count:]
+        return count
+
+
+def _other(
+    answer: _Replay, host: str, wanted: int | None, sink: Sink | None, seen: Callable[[str | None], None]
+) -> tuple[Body, bool]:
+    """An error, which is raised, or a body that comes in chunks, which no store does for an object."""
+    with http.client.HTTPResponse(answer, method="GET") as response:  # type: ignore[arg-type]  # needs makefile only
+        response.begin()
+        if response.status == 404:
+            code = _field(response.read(ERROR_BYTES), b"Code")
+            raise FileNotFoundError(errno.ENOENT, code or "Not Found", host)
+        if response.status not in (200, 206):
+            raise HttpError(response.status, response.read(ERROR_BYTES), host)
+        if response.status == 200 and wanted is not None:
+            raise HttpError(response.status, b"<Code>RangeIgnored</Code>", host)
+        seen(response.getheader("ETag"))
+        body = response.read()
+        if wanted is not None and len(body) != wanted:
+            raise TimeoutError(f"{host} answered {len(body)} bytes where {wanted} were asked for")
+        if sink is None:
+            return body, False
+        sink(0, memoryview(body))
+        return len(body), False
