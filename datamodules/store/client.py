@@ -18,7 +18,7 @@ from typing import Any
 from .direct import SIGNED_SECONDS, DirectReads, Part, Tags, compare_tag, unsupported
 from .errors import StoreError
 from .retry import SKEWED, is_transient, response_of
-from .sign import Signer
+from .sign import Keys, Signer
 from .wire import Sink
 
 log = logging.getLogger("keel.store")
@@ -217,7 +217,12 @@ def _direct(filesystem: Any, options: dict[str, Any]) -> DirectReads | None:
     if reason:
         log.info("reading through s3fs, which is slower: %s", reason)
         return None
-    signer = Signer(lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)), lambda: _secret(filesystem))
+    signer = Signer(
+        lambda key: str(filesystem.url(key, expires=SIGNED_SECONDS)),
+        lambda: _secret(filesystem),
+        SIGNED_SECONDS,
+        Keys.given(options, _endpoint(options)),
+    )
     return DirectReads(
         signer,
         concurrency=int(options.get("concurrency", CONCURRENCY)),

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from .errors import Changed
-from .sign import Signer
+from .sign import Signer, host_of
 from .wire import SINK_PIECE, NoAnswer, Sink, Steps, exchange
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
@@ -229,7 +229,8 @@ class _Call:
     def send(self, number: int, url: SplitResult, sock: socket.socket, kept: bool) -> None:
         key, start, end = self.parts[number]
         target = f"{url.path or '/'}?{url.query}".rstrip("?")
-        lines = [f"GET {target} HTTP/1.1", f"Host: {url.netloc}", "Accept-Encoding: identity"]
+        host = host_of(url)
+        lines = [f"GET {target} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
         if start or end is not None:
             lines.append(f"Range: bytes={start}-{'' if end is None else end - 1}")
 
@@ -240,7 +241,7 @@ class _Call:
         wanted = None if end is None else end - start
         request = "\r\n".join([*lines, "", ""]).encode("latin-1")
         steps = exchange(
-            sock, request, url.netloc, wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
+            sock, request, host, wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
         )
         flight = _Flight(number, url, sock, kept, steps)
         self.flights.add(flight)

@@ -4,6 +4,9 @@ botocore takes a millisecond for a URL, most of it to find out the endpoint agai
 costs. So it signs one URL per bucket, and those of other objects there are made after that model: they differ in path and
 signature. Our signature of its own URL must be the one that it has; where it is not, botocore signs each.
 
+A client of botocore takes a tenth of a second to make, for its models of the service. Where keys, region and endpoint are
+given as such, there is nothing that it would find out: then botocore's signature is asked for without a client.
+
 https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html
 """
 
@@ -11,13 +14,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
+import re
 import time
-from collections.abc import Callable
-from urllib.parse import quote, unquote, urlsplit
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 MODEL_SECONDS = 600.0  # for so long a model is used: credentials may change
 _NAME = "keel"  # of the object whose URL is the model; nobody asks for it
 _ALGORITHM = "AWS4-HMAC-SHA256"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9-]+")  # that is one: no access point, nothing to quote
+_NO_MATTER = {"direct", "concurrency", "connect_timeout", "read_timeout"}
+
+
+def host_of(url: SplitResult) -> str:
+    """What the header Host says: without a port that goes without saying."""
+    return url.netloc.removesuffix(":443" if url.scheme == "https" else ":80")
 
 
 class Model:
@@ -25,7 +38,7 @@ class Model:
 
     def __init__(self, url: str, secret: str) -> None:
         parts = urlsplit(url)
-        self._host, self._path = parts.netloc, parts.path.removesuffix(_NAME)
+        self._host, self._path = host_of(parts), parts.path.removesuffix(_NAME)
         if not parts.path.endswith(f"/{_NAME}"):
             raise ValueError("the path does not end with the object's name")
         self._origin, self._query = f"{parts.scheme}://{parts.netloc}", ""
@@ -58,16 +71,60 @@ class Model:
         ).hexdigest()
 
 
+class Keys(NamedTuple):
+    """What a URL of a server other than AWS is signed with."""
+
+    key: str
+    secret: str
+    token: str
+    region: str
+    endpoint: str
+
+    @classmethod
+    def given(cls, options: Mapping[str, Any], endpoint: str) -> Keys | None:
+        """Those of s3fs's options or else of the environment; ``None`` where s3fs would look elsewhere as well, or has an
+        option that may change what it signs."""
+        client = options.get("client_kwargs") or {}
+        known = {*_NO_MATTER, "key", "secret", "token", "endpoint_url", "client_kwargs"}
+        plain = endpoint and urlsplit(endpoint).path in ("", "/") and not urlsplit(endpoint).query
+        if not plain or set(options) - known or set(client) - {"endpoint_url", "region_name", "verify"}:
+            return None
+        if any(
+            os.environ.get(f"AWS_{name}") for name in ("PROFILE", "DEFAULT_PROFILE", "IGNORE_CONFIGURED_ENDPOINT_URLS")
+        ):
+            return None
+        own = [str(options.get(name) or "") for name in ("key", "secret", "token")]
+        theirs = [os.environ.get(f"AWS_{name}", "") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")]
+        key, secret, token = own if any(own) else theirs
+        region = client.get("region_name") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return cls(key, secret, token, region, endpoint.rstrip("/")) if key and secret and region else None
+
+    def url(self, bucket: str, seconds: int) -> str:
+        """Of the object ``_NAME`` of a bucket, good for so long."""
+        from botocore.auth import S3SigV4QueryAuth
+        from botocore.awsrequest import AWSRequest
+        from botocore.credentials import Credentials
+
+        request = AWSRequest("GET", f"{self.endpoint}/{bucket}/{_NAME}")
+        credentials = Credentials(self.key, self.secret, self.token or None)
+        S3SigV4QueryAuth(credentials, "s3", self.region, expires=seconds).add_auth(request)
+        return str(request.url)
+
+
 class Signer:
     """Object key (``bucket/name``) -> URL that may be read. Safe to call from several threads.
 
     Args:
         sign: makes such a URL, slowly.
         secret: the secret key that it signs with now.
+        seconds: for so long a URL is good.
+        keys: what it signs with, where that needs no looking up.
     """
 
-    def __init__(self, sign: Callable[[str], str], secret: Callable[[], str]) -> None:
-        self._sign, self._secret = sign, secret
+    def __init__(
+        self, sign: Callable[[str], str], secret: Callable[[], str], seconds: int = 3600, keys: Keys | None = None
+    ) -> None:
+        self._sign, self._secret, self._seconds, self._keys = sign, secret, seconds, keys
         self._models: dict[str, tuple[float, Model | None]] = {}
 
     def __call__(self, key: str) -> str:
@@ -83,8 +140,9 @@ class Signer:
         self._models.pop(key.partition("/")[0], None)
 
     def _model(self, bucket: str) -> Model | None:
-        url = self._sign(f"{bucket}/{_NAME}")
+        keys = self._keys if _BUCKET.fullmatch(bucket) else None
+        url = keys.url(bucket, self._seconds) if keys else self._sign(f"{bucket}/{_NAME}")
         try:
-            return Model(url, self._secret())
+            return Model(url, keys.secret if keys else self._secret())
         except ValueError:
             return None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.format import DataError, Dataset, Piece
-from datamodules.store import Changed, NoBucket, NotFound, ShortRead
+from datamodules.store import Changed, NoBucket, NotFound, ShortRead, Sink
 
 from .blocks import REMOTE_GAP, Block, coalesce
 from .buffers import Pool, Rows, Slab
@@ -32,6 +32,15 @@ class Target(NamedTuple):
 
     data: Tensor
     slab: Slab | None
+
+
+def _into(memory: memoryview) -> Sink:
+    """Puts what comes there."""
+
+    def take(offset: int, piece: memoryview) -> None:
+        memory[offset : offset + len(piece)] = piece
+
+    return take
 
 
 class Reader:
@@ -56,7 +65,8 @@ class Reader:
         keeps = not local and "crc32c" in spec.stages and not (spec.fixed and not RangeCache.suits(spec.payload_bytes))
         self.ranges = cache if keeps and isinstance(cache, RangeCache) else None
         self.gap = 0 if local or self.cache else REMOTE_GAP
-        self._files, self._scratch, self._pool, self._watch = Files(), Scratch(), Pool(), Watch(dataset)
+        self._files, self._pool, self._watch = Files(), Pool(), Watch(dataset)
+        self._scratch, self._arrived = Scratch(), Scratch()  # for bytes from files, and from the store
         self._identities: dict[str, tuple[int, ...]] = {}  # of local shards when they were last opened
         self._paths: dict[int, str] = {}  # of shards; making one takes longer than reading a small sample
         suits = (local or self.cache is not None or self.ranges is not None) and Direct.suits(windows.array)
@@ -93,6 +103,8 @@ class Reader:
         With ``wait=False`` shards that are not in the cache are not downloaded but read by ranges: slower in the long run,
         sooner for a first batch.
         """
+        if wait and self.cache is not None:  # before there is memory for the batch, which is then taken for less long
+            self._await(samples)
         target = self.target(len(samples))
         self.fill(samples, target, wait=wait)
         ids = np.array(samples, np.int64)
@@ -171,7 +183,7 @@ class Reader:
         if self.ranges is not None:
             pieces = [(piece, row) for piece, row in pieces if not self._kept(piece, out[row])]
         blocks = coalesce(pieces, self.gap)
-        for block, content in self._contents(blocks, wait):
+        for block, content in self._contents(blocks, self._arrived, wait):
             right = content
             try:
                 self._decode(block, content, out)
@@ -254,7 +266,9 @@ class Reader:
         for piece, row in block.members:
             self.windows.array.decode(piece, content[piece.start - block.start : piece.stop - block.start], rows[row])
 
-    def _contents(self, blocks: Sequence[Block], wait: bool = True) -> Iterator[tuple[Block, memoryview]]:
+    def _contents(
+        self, blocks: Sequence[Block], scratch: Scratch, wait: bool = True
+    ) -> Iterator[tuple[Block, memoryview]]:
         """Each block with its bytes, valid until the next: from files where there are any, the others in one request."""
         remote: list[Block] = []
         for path, group in groupby(blocks, key=lambda block: block.path):
@@ -268,11 +282,13 @@ class Reader:
                 yield block, content
         if not remote:
             return
+        sizes = [block.stop - block.start for block in remote]
+        memory, ends = scratch.view(sum(sizes)), np.cumsum(sizes).tolist()
+        contents = [memory[end - size : end] for size, end in zip(sizes, ends, strict=True)]
         with self._listed():
-            fetched = self._read_ranges([(block.path, block.start, block.stop) for block in remote])
-        self.metrics.add(fetched=sum(map(len, fetched)))
-        for block, data in zip(remote, fetched, strict=True):
-            yield block, memoryview(data)
+            self._read_ranges([(block.path, block.start, block.stop) for block in remote], [*map(_into, contents)])
+        self.metrics.add(fetched=sum(sizes))
+        yield from zip(remote, contents, strict=True)
 
     @contextmanager
     def _listed(self) -> Iterator[None]:
@@ -288,11 +304,11 @@ class Reader:
                 f"{what}, but the manifest lists it; see `keel data check {url}`, then make or copy it again"
             ) from error
 
-    def _read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
+    def _read_ranges(self, ranges: list[tuple[str, int, int]], sinks: list[Sink]) -> None:
         """From the store. An object that was replaced meanwhile must hold what the manifest says, as a whole."""
         store, tags = self.dataset.store, self.windows.array.tags
         try:
-            return store.read_ranges(ranges, tags=tags)
+            store.read_ranges(ranges, sinks, tags)
         except Changed as error:
             if self.ranges is not None:  # what was kept may be of either
                 self.ranges.drop(self.dataset.fingerprint, error.path)
@@ -302,14 +318,14 @@ class Reader:
             if info is None or not info.at(store):
                 raise DataError(str(error)) from error
             tags.pop(error.key, None)
-            return self._read_ranges(ranges)
+            self._read_ranges(ranges, sinks)
 
     def _again(self, block: Block) -> memoryview:
         """The bytes of a block from the store once more, past a cached copy, which is dropped."""
         if self.cache is not None:
             self.cache.drop(self.dataset.fingerprint, block.path)
             self._files.forget(block.path)
-        return next(self._contents([block]))[1]
+        return next(self._contents([block], Scratch()))[1]
 
     def shard_sizes(self, samples: Ids) -> dict[str, int]:
         """Paths and bytes of the shards that samples lie in."""
@@ -318,6 +334,11 @@ class Reader:
         shards = np.unique(np.concatenate([first, last]) // array.shard_length)
         paths = [array.shard_path(k) for k in shards.tolist()]
         return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
+
+    def _await(self, samples: Ids) -> None:
+        """Have the shards of samples here, where there is room for them."""
+        for path in self.shard_sizes(samples):
+            self._file(path)
 
     def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
         """Whether a shard is a file here now; downloads it if not and if there is room. ``Stopped`` once ``stop`` says so."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from datamodules.format import ArraySpec, Dataset, write_dataset
 from datamodules.format.shard import encode_shard
-from datamodules.store import Store
+from datamodules.store import Sink, Store
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
@@ -102,3 +102,15 @@ def used_at_once(cache: ShardCache) -> int:
     lock is held nothing leaves and no room is given, so that a second listing has what is really there."""
     with cache._lock("evict"):
         return min(cache.used(), cache.used())
+
+
+def flipping(sink: Sink, at: int) -> Sink:
+    """``sink`` with one bit of byte ``at`` turned on its way."""
+
+    def take(offset: int, piece: memoryview) -> None:
+        data = bytearray(piece)
+        if offset <= at < offset + len(data):
+            data[at - offset] ^= 1
+        sink(offset, memoryview(data))
+
+    return take

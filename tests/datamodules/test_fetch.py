@@ -23,7 +23,7 @@ from datamodules.stream.ranges import RangeCache
 from datamodules.stream.stream import Share, Stream
 from datamodules.stream.windows import FieldWindows, TokenWindows, Windows
 
-from .samples import field_values, fields_reader, token_values, write_fields, write_text
+from .samples import field_values, fields_reader, flipping, token_values, write_fields, write_text
 
 
 def shard_file(url: str, k: int = 0) -> Path:
@@ -75,9 +75,9 @@ def test_one_request_to_the_store_per_batch(memory: str, monkeypatch: pytest.Mon
     calls: list[Any] = []
     original = Store.read_ranges
 
-    def counted(self: Store, requests: Any, **options: Any) -> list[bytes]:
+    def counted(self: Store, requests: Any, *given: Any) -> list[bytes]:
         calls.append(requests)
-        return original(self, requests, **options)
+        return original(self, requests, *given)
 
     monkeypatch.setattr(Store, "read_ranges", counted)
     batch = reader.batch(np.arange(24))
@@ -210,11 +210,10 @@ def test_one_bad_answer_is_read_again(memory: str, monkeypatch: pytest.MonkeyPat
     reader, faults = fields_reader(memory), [1]
     original = Store.read_ranges
 
-    def flaky(self: Store, requests: Any, **options: Any) -> list[bytes]:
-        found = original(self, requests, **options)
+    def flaky(self: Store, requests: Any, sinks: Any, tags: Any) -> list[bytes]:
         if faults.pop() if faults else False:
-            found[0] = found[0][:-1] + bytes([found[0][-1] ^ 1])
-        return found
+            sinks = [flipping(sinks[0], requests[0][2] - requests[0][1] - 1), *sinks[1:]]
+        return original(self, requests, sinks, tags)
 
     monkeypatch.setattr(Store, "read_ranges", flaky)
     batch = reader.batch(np.arange(4))

@@ -7,8 +7,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from datamodules.store.client import _filesystem, _secret
-from datamodules.store.sign import Model, Signer
+from datamodules.store.client import _endpoint, _filesystem, _secret
+from datamodules.store.sign import Keys, Model, Signer
 
 NAMES = ["x", "a/c/0/1", "with space+plus", "~tilde-_.", "ünïcode/ß", "q?a=b&c#d", "a//b", "(1)!*'", "percent%20"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -97,3 +97,57 @@ def test_one_signature_of_botocore_per_bucket_and_all_where_ours_differs(nobody:
     for i in range(3):
         assert urlsplit(other(f"a/{i}")).path == f"/a/{i}"
     assert asked == ["a/keel", "a/0", "a/1", "a/2"]
+
+
+ENVIRONMENT = {"ACCESS_KEY_ID": "AK/ID", "SECRET_ACCESS_KEY": "s/+=", "ENDPOINT_URL": "http://127.0.0.1:9999/"}
+GIVEN: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "path": (SETTINGS["path"], {}),
+    "token": (SETTINGS["token"], {"REGION": "ap-south-1"}),
+    "region": ({**SETTINGS["path"], "client_kwargs": {"region_name": "eu-west-1"}}, {"REGION": "ap-south-1"}),
+    "environment": ({"connect_timeout": 1.0}, ENVIRONMENT),
+    "token of the environment": ({}, {**ENVIRONMENT, "SESSION_TOKEN": "a/b+c=="}),
+    "keys before the environment's": (SETTINGS["path"], {**ENVIRONMENT, "SESSION_TOKEN": "of other keys"}),
+    "one service's endpoint": ({}, {**ENVIRONMENT, "ENDPOINT_URL_S3": "https://store.example:443"}),
+}
+
+
+@pytest.mark.parametrize("how", GIVEN)
+def test_keys_that_are_given_make_the_url_that_a_client_makes(
+    nobody: None, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    options, environment = GIVEN[how]
+    for name, value in environment.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    keys, fs = Keys.given(options, _endpoint(options)), filesystem(options)
+    assert keys is not None
+    theirs, ours = "", ""
+    while not ours or signed_at(theirs) != signed_at(ours):
+        theirs, ours = fs.url("bucket/keel", expires=77), keys.url("bucket", 77)
+    split, other = urlsplit(ours), urlsplit(theirs)
+    assert split[:3] == other[:3] and sorted(split.query.split("&")) == sorted(other.query.split("&"))
+    assert keys.secret == _secret(fs)
+    assert urlsplit(Signer(None, None, 77, keys)("bucket/a b")).path == "/bucket/a%20b"  # type: ignore[arg-type]
+    asked: list[str] = []
+    Signer(lambda key: asked.append(key) or ours, lambda: "", 77, keys)("arn:aws:x/a")  # type: ignore[func-returns-value]
+    assert asked[0] == "arn:aws:x/keel"
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        (SETTINGS["host"], {}),  # AWS itself
+        (SETTINGS["everyone"], {}),
+        ({"endpoint_url": "http://127.0.0.1:9999"}, {}),  # from a file, or of the machine
+        ({**SETTINGS["path"], "profile": "other"}, {}),
+        ({**SETTINGS["path"], "config_kwargs": {"s3": {"addressing_style": "virtual"}}}, {}),
+        ({**SETTINGS["path"], "endpoint_url": "http://127.0.0.1:9999/below"}, {}),
+        (SETTINGS["path"], {"PROFILE": "other"}),
+        ({}, {**ENVIRONMENT, "IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}),
+    ],
+)
+def test_keys_that_must_be_looked_up_are_left_to_a_client(
+    nobody: None, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert Keys.given(options, _endpoint(options)) is None
