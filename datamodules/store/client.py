@@ -81,8 +81,8 @@ class Client:
             keys, starts, ends = [part[0] for part in parts], [part[1] for part in parts], [part[2] for part in parts]
             batch = {"batch_size": concurrency} if getattr(self.filesystem, "async_impl", False) else {}
             found = self.filesystem.cat_ranges(keys, starts, ends, on_error="return", **batch)
-        for i, sink in enumerate(sinks or ()):
-            if not isinstance(found[i], BaseException):
+        for i, (sink, (_, start, end)) in enumerate(zip(sinks or (), parts, strict=False)):
+            if not isinstance(found[i], BaseException) and (end is None or len(found[i]) == end - start):
                 sink(0, memoryview(found[i]))
                 found[i] = len(found[i])
         return found if tags is None else self._compared(parts, found, tags)

@@ -1,10 +1,10 @@
 """Concurrent range GETs over plain HTTP: the fast way to read from S3-compatible stores.
 
 s3fs signs, parses and schedules each request in Python's event loop, which limits small ranges long before the network
-does (`scripts/bench/stream_clients.py` prints both). Here a URL is signed once per object for some minutes, after one that
-the very client signed that s3fs made, so that all its settings hold; then the thread that asks for ranges of it reads them
-over kept connections, as many at once as there may be (see `wire.py`). Nothing here retries, but for a kept connection that
-the server had closed meanwhile.
+does (`scripts/bench/stream_clients.py` prints both). Here a URL is signed once per object for some minutes (see `sign.py`);
+then the thread that asks for ranges of it reads them over kept connections, as many at once as there may be (see `wire.py`),
+with the help of a few others where they are large. Nothing here retries, but for a kept connection that the server had
+closed meanwhile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from urllib.parse import SplitResult, urlsplit
 
 from .errors import Changed
 from .sign import Signer, host_of
-from .wire import SINK_PIECE, NoAnswer, Sink, Steps, exchange
+from .wire import SINK_PIECE, Sink, Steps, exchange
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
 MAX_URLS = 65536
+LANE_BYTES = 64 << 20  # of one call, that one thread reads alone
+LANES = max(1, min(8, (os.cpu_count() or 1) // 2))  # threads that read for one call
 
 Part = tuple[str, int, int | None]  # key, start, end (None: to the end of the object)
 Result = bytes | bytearray | int | BaseException
@@ -45,9 +47,37 @@ class ConnectTimeoutError(TimeoutError):
 class _Flight:
     """The request of part ``number`` that is under way on ``sock``, which had served another before if it was ``kept``."""
 
-    def __init__(self, number: int, url: SplitResult, sock: socket.socket, kept: bool, steps: Steps) -> None:
-        self.number, self.url, self.sock, self.kept, self.steps = number, url, sock, kept, steps
+    def __init__(
+        self, number: int, url: SplitResult, request: bytes, sock: socket.socket, kept: bool, steps: Steps
+    ) -> None:
+        self.number, self.url, self.request = number, url, request
+        self.sock, self.kept, self.steps = sock, kept, steps
         self.due = 0.0  # when it will have waited too long
+
+
+class _Turns:
+    """Requests that may be in flight, handed out so that nobody who has some keeps others waiting."""
+
+    def __init__(self, count: int) -> None:
+        self.free, self._waiting, self._changed = count, 0, threading.Condition()
+
+    def take(self, wait: bool) -> bool:
+        """Whether there is one; if not and there is nothing else to do, ``wait`` for it."""
+        with self._changed:
+            if not wait and (self._waiting or not self.free):
+                return False
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: self.free)
+            finally:
+                self._waiting -= 1
+            self.free -= 1
+            return True
+
+    def give(self, count: int = 1) -> None:
+        with self._changed:
+            self.free += count
+            self._changed.notify(count)
 
 
 class DirectReads:
@@ -55,7 +85,7 @@ class DirectReads:
 
     Args:
         sign: object key -> URL that may be read for SIGNED_SECONDS.
-        concurrency: requests in flight, of all threads together.
+        concurrency: requests in flight, of all threads together, and connections.
         connect_timeout, read_timeout: seconds for a connection, and for each piece of an answer.
         verify: False, or a file of certificates to trust in place of the system's, for https.
     """
@@ -74,7 +104,8 @@ class DirectReads:
         self._lock = threading.Lock()
         self._urls: dict[str, tuple[float, SplitResult]] = {}
         self._idle: dict[tuple[str, str], list[socket.socket]] = {}
-        self.turns = threading.Semaphore(concurrency)
+        self.turns = _Turns(concurrency)
+        self._lanes = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-store")
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-connect")
         self._tls: ssl.SSLContext | None = None
         self._memory = threading.local()
@@ -85,7 +116,15 @@ class DirectReads:
         A body that ends early is an error, never shorter bytes. With ``tags`` an object of another ETag than there is
         `Changed`; new ones are noted.
         """
-        return _Call(self, parts, sinks, tags).run()
+        sizes = sum((end or start) - start for _, start, end in parts)
+        lanes = max(1, min(LANES, len(parts), sizes // LANE_BYTES))
+        if lanes == 1:
+            return _Call(self, parts, sinks, tags).run()
+        calls = [_Call(self, parts[i::lanes], sinks and sinks[i::lanes], tags) for i in range(lanes)]
+        results: list[Result] = [0] * len(parts)
+        for i, found in enumerate(self._lanes.map(_Call.run, calls)):
+            results[i::lanes] = found
+        return results
 
     def forget(self, key: str) -> None:
         """Sign `key` anew when it is next read."""
@@ -188,9 +227,10 @@ class _Call:
         try:
             while self.left or self.flights:
                 self.begin()
-                for key, _ in self.selector.select(self.reads.read_timeout / 8 if self.flights else 0):
+                ready = self.selector.select(self.reads.read_timeout / 8 if self.flights else 0)
+                now = time.monotonic()  # what comes while the others are seen to is not late
+                for key, _ in ready:
                     self.step(key.data)
-                now = time.monotonic()
                 for flight in [flight for flight in self.flights if flight.due < now]:
                     self.end(flight, TimeoutError("timed out"))
         finally:
@@ -198,52 +238,62 @@ class _Call:
                 flight.sock.close()
             self.selector.close()
             if self.turns:
-                self.reads.turns.release(self.turns)
+                self.reads.turns.give(self.turns)
         return self.results
 
     def begin(self) -> None:
         """Send as many requests as there may be; wait for a turn only where there is nothing else to do."""
-        new: list[tuple[int, SplitResult]] = []
-        while self.left and self.reads.turns.acquire(blocking=not self.flights and not new):
+        new: list[tuple[int, SplitResult, bytes]] = []
+        while self.left and self.reads.turns.take(wait=not self.flights and not new):
             self.turns += 1
             number = self.left.popleft()
             try:
                 url = self.reads.url(self.parts[number][0])
+                request = self.request(number, url)
             except Exception as error:
                 self.finish(number, error)
                 continue
             sock = self.reads.kept(url)
             if sock is None:
-                new.append((number, url))
+                new.append((number, url, request))
             else:
-                self.send(number, url, sock, True)
+                self.send(number, url, request, sock, True)
         self.connect(new)
 
-    def connect(self, new: Sequence[tuple[int, SplitResult]]) -> None:
-        for (number, url), made in zip(new, self.reads.connect([url for _, url in new]), strict=True):
-            if isinstance(made, BaseException):
-                self.finish(number, made)
-            else:
-                self.send(number, url, made, False)
+    def connect(self, new: Sequence[tuple[int, SplitResult, bytes]]) -> None:
+        made = deque(self.reads.connect([url for _, url, _ in new]))
+        try:
+            for number, url, request in new:
+                sock = made.popleft()
+                if isinstance(sock, BaseException):
+                    self.finish(number, sock)
+                else:
+                    self.send(number, url, request, sock, False)
+        finally:
+            for sock in made:
+                if not isinstance(sock, BaseException):
+                    sock.close()
 
-    def send(self, number: int, url: SplitResult, sock: socket.socket, kept: bool) -> None:
-        key, start, end = self.parts[number]
+    def request(self, number: int, url: SplitResult) -> bytes:
+        _, start, end = self.parts[number]
         target = f"{url.path or '/'}?{url.query}".rstrip("?")
-        host = host_of(url)
-        lines = [f"GET {target} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
+        lines = [f"GET {target} HTTP/1.1", f"Host: {host_of(url)}", "Accept-Encoding: identity"]
         if start or end is not None:
             lines.append(f"Range: bytes={start}-{'' if end is None else end - 1}")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+    def send(self, number: int, url: SplitResult, request: bytes, sock: socket.socket, kept: bool) -> None:
+        key, start, end = self.parts[number]
 
         def seen(tag: str | None) -> None:
             if self.tags is not None:
                 compare_tag(self.tags, key, tag)
 
         wanted = None if end is None else end - start
-        request = "\r\n".join([*lines, "", ""]).encode("latin-1")
         steps = exchange(
-            sock, request, host, wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
+            sock, request, host_of(url), wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
         )
-        flight = _Flight(number, url, sock, kept, steps)
+        flight = _Flight(number, url, request, sock, kept, steps)
         self.flights.add(flight)
         self.selector.register(sock, selectors.EVENT_READ, flight)
         self.step(flight)
@@ -256,10 +306,10 @@ class _Call:
         except StopIteration as ended:
             body, keep = ended.value
             self.end(flight, body, keep)
-        except NoAnswer as error:
-            if flight.kept:  # the server closed it while it was idle: no fault
+        except http.client.BadStatusLine as error:  # or no answer at all
+            if flight.kept:  # the server closed it while it was idle, or had not said all: no fault
                 self.drop(flight)
-                self.connect([(flight.number, flight.url)])
+                self.connect([(flight.number, flight.url, flight.request)])
             else:
                 self.end(flight, error)
         except Exception as error:
@@ -281,7 +331,7 @@ class _Call:
     def finish(self, number: int, result: Result) -> None:
         self.results[number] = result
         self.turns -= 1
-        self.reads.turns.release()
+        self.reads.turns.give()
 
 
 def compare_tag(tags: Tags, key: str, tag: str | None) -> None:

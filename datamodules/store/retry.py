@@ -34,6 +34,7 @@ TRANSIENT_NAMES = CONNECT_NAMES | frozenset(
         "ResponseStreamingError",
         "IncompleteReadError",
         "IncompleteRead",
+        "SSLEOFError",  # the connection ended in the middle
         "FlexibleChecksumError",
         "ResponseParserError",
         "ClientPayloadError",

@@ -25,12 +25,16 @@ MODEL_SECONDS = 600.0  # for so long a model is used: credentials may change
 _NAME = "keel"  # of the object whose URL is the model; nobody asks for it
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9-]+")  # that is one: no access point, nothing to quote
+_PORTS = {"http": 80, "https": 443}
+_MATTER = ("PROFILE", "DEFAULT_PROFILE", "IGNORE_CONFIGURED_ENDPOINT_URLS", "CREDENTIAL_EXPIRATION")
 _NO_MATTER = {"direct", "concurrency", "connect_timeout", "read_timeout"}
 
 
 def host_of(url: SplitResult) -> str:
-    """What the header Host says: without a port that goes without saying."""
-    return url.netloc.removesuffix(":443" if url.scheme == "https" else ":80")
+    """What the header Host says, as it is signed: in small letters, without a port that goes without saying."""
+    name = url.hostname or ""
+    host = f"[{name}]" if ":" in name else name
+    return f"{host}:{url.port}" if url.port and url.port != _PORTS.get(url.scheme) else host
 
 
 class Model:
@@ -80,23 +84,28 @@ class Keys(NamedTuple):
     region: str
     endpoint: str
 
+    def __repr__(self) -> str:
+        return f"Keys({self.key!r}, {self.endpoint!r})"  # without what nobody else may know
+
     @classmethod
     def given(cls, options: Mapping[str, Any], endpoint: str) -> Keys | None:
         """Those of s3fs's options or else of the environment; ``None`` where s3fs would look elsewhere as well, or has an
         option that may change what it signs."""
-        client = options.get("client_kwargs") or {}
+        client, environment = options.get("client_kwargs") or {}, os.environ
         known = {*_NO_MATTER, "key", "secret", "token", "endpoint_url", "client_kwargs"}
-        plain = endpoint and urlsplit(endpoint).path in ("", "/") and not urlsplit(endpoint).query
-        if not plain or set(options) - known or set(client) - {"endpoint_url", "region_name", "verify"}:
+        if set(options) - known or set(client) - {"endpoint_url", "region_name", "verify"}:
             return None
-        if any(
-            os.environ.get(f"AWS_{name}") for name in ("PROFILE", "DEFAULT_PROFILE", "IGNORE_CONFIGURED_ENDPOINT_URLS")
-        ):
+        if not endpoint or urlsplit(endpoint).path not in ("", "/") or urlsplit(endpoint).query:
+            return None
+        config = os.path.expanduser(environment.get("AWS_CONFIG_FILE") or "~/.aws/config")
+        if os.path.exists(config) or any(environment.get(f"AWS_{name}") for name in _MATTER):
             return None
         own = [str(options.get(name) or "") for name in ("key", "secret", "token")]
-        theirs = [os.environ.get(f"AWS_{name}", "") for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")]
-        key, secret, token = own if any(own) else theirs
-        region = client.get("region_name") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        token = environment.get("AWS_SECURITY_TOKEN") or environment.get("AWS_SESSION_TOKEN") or ""
+        theirs = [environment.get(f"AWS_{name}") or "" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")]
+        key, secret, token = own if any(own) else (*theirs, token)
+        regions = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+        region = client.get("region_name", regions)
         return cls(key, secret, token, region, endpoint.rstrip("/")) if key and secret and region else None
 
     def url(self, bucket: str, seconds: int) -> str:

@@ -1,8 +1,8 @@
 """One GET on a kept HTTP/1.1 connection, as a generator that yields while it waits for the server.
 
 One thread can thus have many answers on their way: where each has a thread of its own, those fight for the interpreter, and
-parsing an answer with `http.client` takes longer than reading a small range. Only plain answers of a known length are read
-here; any other is left to `http.client`.
+parsing an answer with `http.client` takes longer than reading a small range. Only plain answers of a known length are parsed
+here; any other is collected and then left to `http.client`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Generator
-from typing import Any
 
 SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
 PIECE = 1 << 20  # bytes asked of the socket at once ...
 SINK_PIECE = 256 << 10  # ... and where a sink takes them: what is still in the processor's cache when it does
 HEAD = 16 << 10  # bytes asked of the socket at once before the body ...
 MAX_HEAD = 64 << 10  # ... and at most
-ERROR_BYTES = 64 << 10  # of an error's body
 
 # Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
 # memory is used again after the call.
@@ -78,8 +76,12 @@ def exchange(
     }
     told = fields.get(b"content-length", b"")
     if match is None or int(match[2]) not in (200, 206) or b"transfer-encoding" in fields or not told.isdigit():
-        sock.settimeout(read_timeout)
-        return _other(_Replay(head, sock), host, wanted, sink, seen)
+        enough = end + 4 + int(told) if told.isdigit() else None
+        chunked = b"transfer-encoding" in fields
+        if match is not None:
+            data = _collected(sock, head, enough, chunked, scratch, host, read_timeout)
+            return _parsed((yield from data), host, wanted, sink, seen)
+        return _parsed(head, host, wanted, sink, seen)
     status, length, rest = int(match[2]), int(told), memoryview(head)[end + 4 :]
     if status == 200 and wanted is not None:
         raise HttpError(status, b"<Code>RangeIgnored</Code>", host)
@@ -106,6 +108,8 @@ def exchange(
         done += count
         if done < length and time.monotonic() > limit:
             raise TimeoutError(f"{host}: {done} of {length} bytes came in {seconds:.0f} s")
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # more than was asked for
+        keep = False
     return (whole if sink is None else done), keep
 
 
@@ -139,41 +143,65 @@ def _receive(sock: socket.socket, memory: memoryview) -> Generator[None, None, i
             raise ConnectionError("the server asked for new keys in the middle of an answer") from None
 
 
-class _Replay(io.RawIOBase):
-    """A socket for `http.client.HTTPResponse` of which some bytes have been read already."""
+class _Replay:
+    """Bytes of an answer for `http.client.HTTPResponse`, which wants a socket."""
 
-    def __init__(self, head: bytes, sock: socket.socket) -> None:
-        self._head, self._sock = memoryview(head), sock
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._data = data
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, memory: Any) -> int:
-        if not self._head:
-            return self._sock.recv_into(memory)
-        count = min(len(memory), len(self._head))
-        memory[:count], self._head = self._head[:count], self._head[count:]
-        return count
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
 
 
-def _other(
-    answer: _Replay, host: str, wanted: int | None, sink: Sink | None, seen: Callable[[str | None], None]
+def _collected(
+    sock: socket.socket,
+    head: bytes,
+    enough: int | None,
+    chunked: bool,
+    scratch: memoryview,
+    host: str,
+    read_timeout: float,
+) -> Generator[None, None, bytes]:
+    """All of an answer that began with ``head``: ``enough`` bytes, or to the last of its chunks, or to the end."""
+    data, began = bytearray(head), time.monotonic()
+    while not (_ended(data) if chunked else enough is not None and len(data) >= enough):
+        count = yield from _receive(sock, scratch)
+        if not count:
+            break
+        data += scratch[:count]
+        seconds = time.monotonic() - began
+        if seconds > read_timeout + len(data) / SLOWEST:
+            raise TimeoutError(f"{host}: only {len(data)} bytes came in {seconds:.0f} s")
+    return bytes(data)
+
+
+def _ended(data: bytearray) -> bool:
+    """Whether an answer in chunks is all there: looked at where its bytes could be the end."""
+    if not data.endswith(b"\r\n\r\n"):
+        return False
+    try:
+        with http.client.HTTPResponse(_Replay(data), method="GET") as response:  # type: ignore[arg-type]
+            response.begin()
+            response.read()
+    except http.client.IncompleteRead:
+        return False
+    return True
+
+
+def _parsed(
+    data: bytes, host: str, wanted: int | None, sink: Sink | None, seen: Callable[[str | None], None]
 ) -> tuple[Body, bool]:
-    """An error, which is raised, or a body that comes in chunks, which no store does for an object."""
-    with http.client.HTTPResponse(answer, method="GET") as response:  # type: ignore[arg-type]  # needs makefile only
+    """What a whole answer says that is an error, or a body of unknown length, which no store sends for an object."""
+    with http.client.HTTPResponse(_Replay(data), method="GET") as response:  # type: ignore[arg-type]  # needs makefile only
         response.begin()
+        body = response.read()
         if response.status == 404:
-            code = _field(response.read(ERROR_BYTES), b"Code")
-            raise FileNotFoundError(errno.ENOENT, code or "Not Found", host)
+            raise FileNotFoundError(errno.ENOENT, _field(body, b"Code") or "Not Found", host)
         if response.status not in (200, 206):
-            raise HttpError(response.status, response.read(ERROR_BYTES), host)
+            raise HttpError(response.status, body, host)
         if response.status == 200 and wanted is not None:
             raise HttpError(response.status, b"<Code>RangeIgnored</Code>", host)
         seen(response.getheader("ETag"))
-        body = response.read()
         if wanted is not None and len(body) != wanted:
             raise TimeoutError(f"{host} answered {len(body)} bytes where {wanted} were asked for")
         if sink is None:

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from datamodules.format import Piece
+from datamodules.store import Sink
+
+from .files import Scratch
 
 REMOTE_GAP = 256 << 10  # bytes that cost less to read and drop than a second request does
 WASTE = 8  # but at most one byte in so many is read to be dropped
 MAX_BLOCK = 16 << 20  # bytes of one coalesced request
+ARRIVED = Scratch(16 << 20)  # for bytes from the store, of all readers
 
 
 class Block(NamedTuple):
@@ -42,3 +46,22 @@ def coalesce(pieces: Sequence[tuple[Piece, int]], gap: int) -> list[Block]:
         blocks.append(Block(piece.path, piece.start, piece.stop, [(piece, row)]))
         dropped = 0
     return blocks
+
+
+def places(blocks: Sequence[Block], scratch: Scratch) -> list[memoryview]:
+    """Memory for the bytes of each block, valid until the thread's next use of ``scratch``."""
+    memory, end = scratch.view(sum(block.stop - block.start for block in blocks)), 0
+    found = []
+    for block in blocks:
+        begin, end = end, end + block.stop - block.start
+        found.append(memory[begin:end])
+    return found
+
+
+def into(memory: memoryview) -> Sink:
+    """Puts what comes there."""
+
+    def take(offset: int, piece: memoryview) -> None:
+        memory[offset : offset + len(piece)] = piece
+
+    return take

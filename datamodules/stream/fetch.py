@@ -16,7 +16,7 @@ from torch import Tensor
 from datamodules.format import DataError, Dataset, Piece
 from datamodules.store import Changed, NoBucket, NotFound, ShortRead, Sink
 
-from .blocks import REMOTE_GAP, Block, coalesce
+from .blocks import ARRIVED, REMOTE_GAP, Block, coalesce, into, places
 from .buffers import Pool, Rows, Slab
 from .cache import ShardCache, never
 from .direct import Direct
@@ -32,15 +32,6 @@ class Target(NamedTuple):
 
     data: Tensor
     slab: Slab | None
-
-
-def _into(memory: memoryview) -> Sink:
-    """Puts what comes there."""
-
-    def take(offset: int, piece: memoryview) -> None:
-        memory[offset : offset + len(piece)] = piece
-
-    return take
 
 
 class Reader:
@@ -66,7 +57,7 @@ class Reader:
         self.ranges = cache if keeps and isinstance(cache, RangeCache) else None
         self.gap = 0 if local or self.cache else REMOTE_GAP
         self._files, self._pool, self._watch = Files(), Pool(), Watch(dataset)
-        self._scratch, self._arrived = Scratch(), Scratch()  # for bytes from files, and from the store
+        self._scratch = Scratch()
         self._identities: dict[str, tuple[int, ...]] = {}  # of local shards when they were last opened
         self._paths: dict[int, str] = {}  # of shards; making one takes longer than reading a small sample
         suits = (local or self.cache is not None or self.ranges is not None) and Direct.suits(windows.array)
@@ -103,8 +94,8 @@ class Reader:
         With ``wait=False`` shards that are not in the cache are not downloaded but read by ranges: slower in the long run,
         sooner for a first batch.
         """
-        if wait and self.cache is not None:  # before there is memory for the batch, which is then taken for less long
-            self._await(samples)
+        if wait:
+            self.have(samples)
         target = self.target(len(samples))
         self.fill(samples, target, wait=wait)
         ids = np.array(samples, np.int64)
@@ -183,7 +174,7 @@ class Reader:
         if self.ranges is not None:
             pieces = [(piece, row) for piece, row in pieces if not self._kept(piece, out[row])]
         blocks = coalesce(pieces, self.gap)
-        for block, content in self._contents(blocks, self._arrived, wait):
+        for block, content in self._contents(blocks, ARRIVED, wait):
             right = content
             try:
                 self._decode(block, content, out)
@@ -282,12 +273,10 @@ class Reader:
                 yield block, content
         if not remote:
             return
-        sizes = [block.stop - block.start for block in remote]
-        memory, ends = scratch.view(sum(sizes)), np.cumsum(sizes).tolist()
-        contents = [memory[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        contents = places(remote, scratch)
         with self._listed():
-            self._read_ranges([(block.path, block.start, block.stop) for block in remote], [*map(_into, contents)])
-        self.metrics.add(fetched=sum(sizes))
+            self._read_ranges([(block.path, block.start, block.stop) for block in remote], [*map(into, contents)])
+        self.metrics.add(fetched=sum(map(len, contents)))
         yield from zip(remote, contents, strict=True)
 
     @contextmanager
@@ -330,15 +319,25 @@ class Reader:
     def shard_sizes(self, samples: Ids) -> dict[str, int]:
         """Paths and bytes of the shards that samples lie in."""
         array, at = self.windows.array, self.windows.locate(samples)
-        first, last = (at.lead, at.lead) if array.window_axis else (at.start, at.start + self.windows.entries - 1)
-        shards = np.unique(np.concatenate([first, last]) // array.shard_length)
+        end = at.start + (self.windows.entries - 1) * at.step
+        first, last = (x // array.shard_length for x in ((at.lead, at.lead) if array.window_axis else (at.start, end)))
+        span = np.arange(1 + int((last - first).max(initial=0)))
+        shards = np.unique(np.minimum(first[:, None] + span, last[:, None]))
         paths = [array.shard_path(k) for k in shards.tolist()]
         return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
 
-    def _await(self, samples: Ids) -> None:
-        """Have the shards of samples here, where there is room for them."""
-        for path in self.shard_sizes(samples):
-            self._file(path)
+    def have(self, samples: Ids, share: int = 1) -> None:
+        """Wait until the shards of samples are in the cache, if they fit into one of ``share`` parts of half of it.
+
+        To be called before there is memory for the samples, which then waits for no download.
+        """
+        if self.cache is None:
+            return
+        self._check()
+        sizes = self.shard_sizes(samples)
+        if sum(sizes.values()) * share * 2 <= self.cache.capacity:  # else the last would throw out the first
+            for path in sizes:
+                self._file(path)
 
     def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
         """Whether a shard is a file here now; downloads it if not and if there is room. ``Stopped`` once ``stop`` says so."""

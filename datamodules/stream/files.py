@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -13,21 +14,20 @@ from datamodules.format.crc import crc32
 
 OPEN_FILES = 128
 BLOCK = 4 << 20  # bytes read at once to sum a whole file
-KEPT = 16 << 20  # bytes of a buffer that each thread keeps
 OPEN_SECONDS = (
     5.0  # after that a file is opened anew: a cached shard is marked as used, an evicted one lets go of its disk
 )
 
 
 class Scratch(threading.local):
-    """A buffer per thread that grows to the largest read: fresh memory for each read costs more than the read. Of more than
-    ``KEPT`` bytes it is not kept."""
+    """A buffer per thread that grows to the largest read: fresh memory for each read costs more than the read. One of more
+    than ``most`` bytes is not kept."""
 
-    def __init__(self) -> None:
-        self.buffer = bytearray()
+    def __init__(self, most: int = sys.maxsize) -> None:
+        self.buffer, self.most = bytearray(), most
 
     def view(self, size: int) -> memoryview:
-        if size > KEPT:
+        if size > self.most:
             return memoryview(bytearray(size))
         if len(self.buffer) < size:
             self.buffer = bytearray(size)

@@ -160,6 +160,8 @@ class MixedReader:
         """As ``Reader.batch``."""
         samples = np.asarray(samples, np.int64)
         parts = self._split(samples)
+        for s, _, ids in parts if wait else ():
+            self.readers[s].have(ids, len(parts))
         reader = self.readers[parts[0][0]]
         target = reader.target(len(samples))
         labels: dict[str, Tensor] = {"source": torch.empty(len(samples), dtype=torch.int64)}

@@ -13,6 +13,7 @@ import torch
 
 from datamodules.format import Array, DataError, Dataset, Piece
 from datamodules.store import Store
+from datamodules.stream import files
 from datamodules.stream.blocks import MAX_BLOCK, coalesce
 from datamodules.stream.buffers import Pool
 from datamodules.stream.cache import ShardCache
@@ -242,6 +243,39 @@ def test_a_cache_with_no_room_reads_ranges(memory: str, tmp_path: Path) -> None:
     reader = fields_reader(memory, ShardCache(str(tmp_path), 10))
     assert torch.equal(reader.batch(np.arange(24))["fields"], fields_reader(memory).batch(np.arange(24))["fields"])
     assert reader.metrics.misses == 0 and reader.metrics.fetched > 0
+
+
+def test_a_batch_gets_its_memory_when_its_shards_are_there(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_fields(memory)
+    expected = fields_reader(memory).batch(np.arange(24))["fields"]
+    happened: list[str] = []
+    target, open_shard = Reader.target, ShardCache.open
+    monkeypatch.setattr(Reader, "target", lambda self, rows: happened.append("memory") or target(self, rows))
+
+    def opened(self: ShardCache, *given: Any) -> tuple[int | None, int]:
+        found = open_shard(self, *given)
+        happened.append(f"shard of {found[1]}")
+        return found
+
+    monkeypatch.setattr(ShardCache, "open", opened)
+    reader = fields_reader(memory, ShardCache(str(tmp_path), 1 << 20))
+    sizes = list(reader.shard_sizes(np.arange(24)).values())
+    assert torch.equal(reader.batch(np.arange(24))["fields"], expected)
+    assert happened == [*(f"shard of {size}" for size in sizes), "memory"]
+    monkeypatch.setattr(files, "OPEN_SECONDS", 0.0)  # as if each download took longer
+    small = fields_reader(memory, ShardCache(str(tmp_path / "small"), sum(sizes) - 1))
+    assert torch.equal(small.batch(np.arange(24))["fields"], expected)
+    assert small.metrics.misses == 3  # not once to have them and once more to read them
+
+
+def test_shards_of_samples_are_all_that_their_windows_touch(tmp_path: Path) -> None:
+    write_text(str(tmp_path), 100, 10, 5)
+    dataset = Dataset.open(str(tmp_path))
+    reader = Reader(dataset, TokenWindows(dataset.main, 0, 100, 34), None, Metrics())
+    assert [int(path.split("/")[-1]) for path in reader.shard_sizes(np.array([1, 0]))] == [0, 1, 2, 3, 4, 5, 6]
+    assert [int(path.split("/")[-1]) for path in reader.shard_sizes(np.array([0]))] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("level", [None, 1])

@@ -19,7 +19,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from datamodules.store.direct import DirectReads
+from datamodules.store import direct as direct_reads
+from datamodules.store import wire
+from datamodules.store.direct import DirectReads, _Turns
 from datamodules.store.errors import Changed
 from datamodules.store.wire import HttpError, Sink
 
@@ -32,7 +34,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None: ...
 
+    def setup(self) -> None:
+        super().setup()
+        self.count = 0
+
     def do_GET(self) -> None:
+        self.count += 1
         server, how = self.server, self.path.split("?")[0].strip("/")
         with server.lock:
             server.seen.append((self.headers["Host"], self.path, id(self.connection)))
@@ -93,6 +100,13 @@ class Handler(BaseHTTPRequestHandler):
             raw = b"HTTP/1.1 200 OK\r\n" + b"X-A: %s\r\n" % (b"a" * 1000) * 100
         elif how == "hang":
             self.server.over.wait(10)
+        elif how == "drips":
+            self.wfile.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 999\r\n\r\n")
+            while not self.server.over.wait(0.05):
+                self.wfile.write(b".")
+        elif how == "moody" and self.count > 1:  # not the first of its connection
+            raw = b""
+            self.close_connection = True
         elif how == "other":
             raw = raw.replace(b'"1"', b'"2"')
         self.wfile.write(raw)
@@ -177,11 +191,15 @@ def test_every_good_answer_is_read(server: Server, how: str) -> None:
         ("nonsense", http.client.BadStatusLine, "SSH"),
         ("headers", http.client.LineTooLong, "headers"),
         ("hang", TimeoutError, "timed out"),
+        ("drips", TimeoutError, "only [0-9]+ bytes came in"),
         ("other", Changed, "other"),
         ("unsigned", PermissionError, "no credentials"),
     ],
 )
-def test_every_bad_answer_is_told_and_harms_no_other(server: Server, how: str, error: type, told: str) -> None:
+def test_every_bad_answer_is_told_and_harms_no_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch, how: str, error: type, told: str
+) -> None:
+    monkeypatch.setattr(wire, "SLOWEST", 1 << 20)
     direct, tags = reads(server, concurrency=3, read_timeout=0.5), {how: '"1"'}
     for _ in range(3):
         good, bad, later = direct.get([("plain", 0, 100), (how, 0, 100), ("plain", 7, 99)], tags=tags)
@@ -189,7 +207,7 @@ def test_every_bad_answer_is_told_and_harms_no_other(server: Server, how: str, e
         with pytest.raises(error, match=told):
             assert isinstance(bad, BaseException)
             raise bad
-    assert direct.turns._value == 3
+    assert direct.turns.free == 3
 
 
 def test_no_more_requests_than_allowed_are_in_flight_and_all_are_answered(server: Server) -> None:
@@ -214,7 +232,7 @@ def test_no_more_requests_than_allowed_are_in_flight_and_all_are_answered(server
     for name in range(3):
         for (key, start, end), result in zip(parts[name::3], found[name], strict=True):
             assert isinstance(result, ConnectionError) if key == "none" else result == CONTENT[start:end]
-    assert server.most == 4 and direct.turns._value == 4
+    assert server.most == 4 and direct.turns.free == 4
 
 
 def test_what_a_sink_raises_is_the_result_and_an_interrupt_gives_all_back(server: Server) -> None:
@@ -230,7 +248,7 @@ def test_what_a_sink_raises_is_the_result_and_an_interrupt_gives_all_back(server
     assert isinstance(failed, OSError) and failed.errno == 28 and good == 10
     with pytest.raises(KeyboardInterrupt):
         direct.get([("plain", 0, 100_000)] * 9, [interrupted] * 9)
-    assert direct.turns._value == 4
+    assert direct.turns.free == 4
     assert direct.get([("plain", 0, 10)] * 9) == [CONTENT[:10]] * 9
 
 
@@ -241,6 +259,62 @@ def test_connections_that_the_server_closed_meanwhile_are_not_used(server: Serve
     before = len(server.seen)
     assert direct.get([("plain", 0, 9)] * 4) == [CONTENT[:9]] * 4
     assert len(server.seen) == before + 4
+
+
+def test_a_connection_that_ends_with_a_request_on_its_way_is_made_anew(server: Server) -> None:
+    direct = reads(server)
+    for i in range(4):
+        assert direct.get([("moody", i, i + 9)]) == [CONTENT[i : i + 9]]
+    assert len(server.seen) == 4 + 3  # all but the first were sent twice
+
+
+def test_a_sink_that_takes_long_makes_no_other_answer_late(server: Server) -> None:
+    direct, slow = reads(server, read_timeout=0.3), [0.5]
+
+    def stalls(_offset: int, _piece: memoryview) -> None:
+        time.sleep(slow.pop() if slow else 0)
+
+    assert direct.get([("plain", 0, 500_000)] * 6, [stalls] * 6) == [500_000] * 6
+    assert not slow
+
+
+def test_large_parts_are_read_by_several_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_reads, "LANE_BYTES", 1000)
+    monkeypatch.setattr(direct_reads, "LANES", 3)
+    spans = [("plain", i, i + 5000 * i) for i in range(1, 9)]
+    found, threads = [bytearray() for _ in spans], set()
+
+    def sink(own: bytearray) -> Sink:
+        def take(offset: int, piece: memoryview) -> None:
+            threads.add(threading.current_thread().name)
+            into(own)(offset, piece)
+
+        return take
+
+    direct = reads(server, concurrency=4)
+    assert direct.get(spans) == [CONTENT[start:end] for _, start, end in spans]
+    assert direct.get(spans, [*map(sink, found)]) == [end - start for _, start, end in spans]
+    assert found == [CONTENT[start:end] for _, start, end in spans]
+    assert len(threads) > 1 and all(name.startswith("keel-store") for name in threads)
+    assert server.most <= 4
+
+
+def test_who_has_turns_takes_no_more_while_another_waits() -> None:
+    turns = _Turns(2)
+    assert turns.take(False) and turns.take(True) and not turns.take(False)
+    other = threading.Thread(target=turns.take, args=(True,))
+    other.start()
+    while not turns._waiting:
+        time.sleep(0.001)
+    turns.free += 1  # as if it were just given back
+    assert not turns.take(False)
+    turns.give(0)
+    with turns._changed:
+        turns._changed.notify()
+    other.join(10)
+    assert not other.is_alive() and turns.free == 0
+    turns.give(2)
+    assert turns.take(False)
 
 
 def self_signed() -> bytes:
@@ -262,13 +336,14 @@ def self_signed() -> bytes:
     return private + certificate.public_bytes(pem)
 
 
-def test_over_tls(server: Server, tmp_path: Path) -> None:
+def test_over_tls(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pem = tmp_path / "server.pem"
     pem.write_bytes(self_signed())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     sign, spans = Sign(f"https://127.0.0.1:{server.server_port}"), [("plain", i, i + 200_000) for i in range(8)]
+    monkeypatch.setattr(wire, "SINK_PIECE", 1000)  # less than TLS decrypts at once
     for trusted in (str(pem), False):
         direct = DirectReads(sign, read_timeout=5.0, verify=trusted)  # type: ignore[arg-type]
         for _ in range(2):

@@ -108,6 +108,17 @@ def test_a_body_cut_short_is_fetched_again_but_a_short_object_is_not(flaky):
         flaky.read_range("x", 0, len(BODY) + 1)
 
 
+def test_a_body_that_is_too_long_reaches_no_sink(flaky, monkeypatch):
+    """A server that ignores ranges sends the whole object."""
+    flaky.write("x", BODY)
+    monkeypatch.setattr(FlakyFileSystem, "cat_ranges", lambda self, keys, *a, **k: [BODY for _ in keys])
+    flaky.retry.deadline = 0.1
+    found = []
+    with pytest.raises(Unreachable, match=r"x: .*body cut short"):
+        flaky.read_ranges([("x", 3, 9), ("x", 0, len(BODY))], [lambda *got: found.append(got)] * 2)
+    assert [(offset, len(piece)) for offset, piece in found] == [(0, len(BODY))]
+
+
 def test_lasting_faults_are_not_retried(flaky):
     flaky.write("x", BODY)
     FlakyFileSystem.faults = [PermissionError("no"), PermissionError("no")]

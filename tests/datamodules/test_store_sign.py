@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,10 +21,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No credentials in the environment."""
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "ENDPOINT_URL", "REGION"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
 
@@ -107,6 +109,8 @@ GIVEN: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "environment": ({"connect_timeout": 1.0}, ENVIRONMENT),
     "token of the environment": ({}, {**ENVIRONMENT, "SESSION_TOKEN": "a/b+c=="}),
     "keys before the environment's": (SETTINGS["path"], {**ENVIRONMENT, "SESSION_TOKEN": "of other keys"}),
+    "token of old": ({}, {**ENVIRONMENT, "SESSION_TOKEN": "a", "SECURITY_TOKEN": "b"}),
+    "capitals": ({**SETTINGS["path"], "endpoint_url": "http://MinIO.Example:9000"}, {}),
     "one service's endpoint": ({}, {**ENVIRONMENT, "ENDPOINT_URL_S3": "https://store.example:443"}),
 }
 
@@ -126,6 +130,7 @@ def test_keys_that_are_given_make_the_url_that_a_client_makes(
     split, other = urlsplit(ours), urlsplit(theirs)
     assert split[:3] == other[:3] and sorted(split.query.split("&")) == sorted(other.query.split("&"))
     assert keys.secret == _secret(fs)
+    assert "s/+=" not in repr(keys)
     assert urlsplit(Signer(None, None, 77, keys)("bucket/a b")).path == "/bucket/a%20b"  # type: ignore[arg-type]
     asked: list[str] = []
     Signer(lambda key: asked.append(key) or ours, lambda: "", 77, keys)("arn:aws:x/a")  # type: ignore[func-returns-value]
@@ -143,6 +148,9 @@ def test_keys_that_are_given_make_the_url_that_a_client_makes(
         ({**SETTINGS["path"], "endpoint_url": "http://127.0.0.1:9999/below"}, {}),
         (SETTINGS["path"], {"PROFILE": "other"}),
         ({}, {**ENVIRONMENT, "IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}),
+        ({}, {**ENVIRONMENT, "CREDENTIAL_EXPIRATION": "2020-01-01T00:00:00Z"}),
+        ({**SETTINGS["path"], "client_kwargs": {"region_name": None}}, {}),
+        (SETTINGS["path"], {"CONFIG_FILE": __file__}),  # which may say anything
     ],
 )
 def test_keys_that_must_be_looked_up_are_left_to_a_client(
