@@ -19,8 +19,9 @@ from datamodules.data import FieldsConfig, FieldsData
 from datamodules.format import DataError, Dataset
 from datamodules.mixture import MixtureConfig, MixtureData
 from datamodules.store import Store, Unreachable
+from datamodules.stream import buffers
 from datamodules.stream.ahead import Ahead
-from datamodules.stream.buffers import KEEP, PAGE, Pool
+from datamodules.stream.buffers import KEEP, PAGE, Pool, Slab
 from datamodules.stream.cache import ShardCache
 from datamodules.stream.fetch import Reader
 from datamodules.stream.metrics import Metrics
@@ -366,26 +367,31 @@ def test_few_batches_of_memory_serve_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fetch", ["local", "shards", "ranges"])
-def test_memory_is_flat_over_epochs(memory: str, tmp_path: Path, fetch: str) -> None:
+def test_memory_is_flat_over_epochs(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetch: str) -> None:
     url = str(tmp_path / "data") if fetch == "local" else memory
     write_fields(url, side=16)
+    slabs: weakref.WeakSet[Slab] = weakref.WeakSet()
+    make = Slab.__init__
+    monkeypatch.setattr(Slab, "__init__", lambda self, *given: (slabs.add(self), make(self, *given))[1])
     data = data_of(url, tmp_path, frames=3, **({} if fetch == "local" else {"fetch": fetch}))
     batches, alive = iter(data.train_dataloader()), []
     size, epoch = 8 * 3 * 2 * 16 * 16 * 4, 8 * 5 // 8
+    others = tracemalloc.Filter(False, buffers.__file__)
 
     def epochs(count: int) -> int:
-        """Bytes that Python and NumPy hold afterwards."""
+        """Bytes that Python and NumPy hold afterwards, without the slabs that the pool lends."""
         alive.extend(weakref.ref(next(batches)["fields"]) for _ in range(count * epoch))
         gc.collect()
-        return tracemalloc.get_traced_memory()[0]
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([others]).traces)
 
     tracemalloc.start()
     try:
-        epochs(10)  # until pools and caches are full
+        epochs(10)  # until caches are full
         early, late = ([epochs(3) for _ in range(5)] for _ in range(2))
     finally:
         tracemalloc.stop()
         data.teardown()
-    # how many batches are in the making at a moment is chance: the least of several moments is not
+    # What is in the making at a moment is chance: the least of several moments is not.
     assert min(late) - min(early) < 2 * size  # of the 75 batches that were made
+    assert len(slabs) <= KEEP + 4  # a slab more for each thread and for the batch in hand
     assert sum(reference() is not None for reference in alive) <= 1
