@@ -63,8 +63,9 @@ class Direct:
         """Chunks of a window that consists of whole ones."""
         return self.entries // self.length
 
-    def read_whole(self, at: Located, slab: Slab | Rows, file: Open) -> bool:
-        """Fill ``slab`` with windows of whole chunks; ``False`` if any byte is missing or wrong."""
+    def read_whole(self, at: Located, place: Callable[[], Slab | Rows], file: Open) -> bool:
+        """Fill ``place()``, asked for once all files are there, with windows of whole chunks; ``False`` if any byte is missing
+        or wrong."""
         first, step, count = at.start // self.length, at.step, self.chunks
         if self.array.window_axis:
             first = first + at.lead * self.row  # chunks of the whole array, in the order of the files
@@ -72,26 +73,29 @@ class Direct:
             last = first + (count - 1)
             if (first // self.in_shard == last // self.in_shard).all():
                 runs = zip(range(0, len(first) * count, count), first.tolist(), repeat(count))
-                return self._read_runs(runs, slab, file)
+                return self._read_runs(runs, place, file)
         chunk = (first[:, None] + np.arange(count) * step[:, None]).reshape(-1)
         breaks = np.flatnonzero((np.diff(chunk) != 1) | (np.diff(chunk // self.in_shard) != 0)) + 1
         slots = np.concatenate([[0], breaks])
         counts = np.diff(np.append(slots, len(chunk)))
-        return self._read_runs(zip(slots.tolist(), chunk[slots].tolist(), counts.tolist(), strict=True), slab, file)
+        return self._read_runs(zip(slots.tolist(), chunk[slots].tolist(), counts.tolist(), strict=True), place, file)
 
-    def _read_runs(self, runs: Iterable[tuple[int, int, int]], slab: Slab | Rows, file: Open) -> bool:
+    def _read_runs(self, runs: Iterable[tuple[int, int, int]], place: Callable[[], Slab | Rows], file: Open) -> bool:
         """Read runs (slot of the slab, chunk, how many), none of which crosses a shard."""
-        parts, payloads, preadv, size, longest = slab.parts, slab.payloads, os.preadv, self.size, self.longest
         files: dict[int, tuple[File, bytearray]] = {}
+        found = []
         for slot, chunk, count in runs:
             k, chunk = divmod(chunk, self.in_shard)
-            held = files.get(k)
-            if held is None:
+            if k not in files:
                 opened = file(k)
                 if opened is None:
                     return False
-                held = files[k] = (opened, self._known(k, opened))
-            descriptor, known = held[0].descriptor, held[1]
+                files[k] = (opened, self._known(k, opened))
+            found.append((slot, chunk, count, *files[k]))
+        slab = place()
+        parts, payloads, preadv, size, longest = slab.parts, slab.payloads, os.preadv, self.size, self.longest
+        for slot, chunk, count, opened, known in found:
+            descriptor = opened.descriptor
             while count > 0:
                 some = min(count, longest)
                 try:

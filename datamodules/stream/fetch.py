@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -94,13 +95,11 @@ class Reader:
         With ``wait=False`` shards that are not in the cache are not downloaded but read by ranges: slower in the long run,
         sooner for a first batch.
         """
-        if wait:
-            self.have(samples)
-        target = self.target(len(samples))
+        target = functools.cache(lambda: self.target(len(samples)))
         self.fill(samples, target, wait=wait)
         ids = np.array(samples, np.int64)
         return self.finish(
-            {**self.windows.views(target.data), **self.windows.labels(ids), "index": torch.from_numpy(ids)}
+            {**self.windows.views(target().data), **self.windows.labels(ids), "index": torch.from_numpy(ids)}
         )
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,31 +120,38 @@ class Reader:
         slab, lent = self._pool.take(rows, direct.chunks, direct.payload)
         return Target(torch.from_numpy(lent).view(dtype).view(shape), slab)
 
-    def fill(self, samples: Ids, target: Target, rows: Ids | None = None, wait: bool = True) -> None:
-        """Read ``samples`` into the ``rows`` of a target (all of them, in order, if not given)."""
+    def fill(self, samples: Ids, target: Callable[[], Target], rows: Ids | None = None, wait: bool = True) -> None:
+        """Read ``samples`` into the ``rows`` of a target (all of them, in order, if not given).
+
+        The target is asked for once shards that have to come here have come, so that its memory waits for no download.
+        """
         self._check()
         at = self.windows.locate(samples)
         if self._direct is None or not self._fill_direct(self._direct, at, target, rows, wait):
-            self._fill_ranges(at, target.data.numpy(), rows, wait)
+            self._fill_ranges(at, target().data.numpy(), rows, wait)
         self.metrics.add(samples=len(samples), used=len(samples) * self.stored_bytes)
 
-    def _fill_direct(self, direct: Direct, at: Located, target: Target, rows: Ids | None, wait: bool) -> bool:
+    def _fill_direct(
+        self, direct: Direct, at: Located, target: Callable[[], Target], rows: Ids | None, wait: bool
+    ) -> bool:
         """From files, if all of them are there and intact."""
         array, count = self.windows.array, len(at.start)
-        raw: NDArray[np.uint8] | None
+        raw: NDArray[np.uint8] | None = None
 
         def file(k: int) -> File | None:
             path = self._paths.get(k) or self._paths.setdefault(k, array.shard_path(k))
             return self._file(path, wait)
 
-        if direct.whole(at):
-            slab, raw = target.slab, None
-            place: Slab | Rows
+        def place() -> Slab | Rows:
+            nonlocal raw
+            slab = target().slab
             # A mixture's target belongs to another source, whose bytes may mean something else.
             if self._same and slab is not None and slab.fits(direct.chunks, direct.payload):
-                place = slab if rows is None else slab.select(rows)
-            else:
-                place, raw = self._pool.take(count, direct.chunks, direct.payload)
+                return slab if rows is None else slab.select(rows)
+            lent, raw = self._pool.take(count, direct.chunks, direct.payload)
+            return lent
+
+        if direct.whole(at):
             if not direct.read_whole(at, place, file):
                 return False
             fetched = count * direct.chunks * direct.size
@@ -155,7 +161,7 @@ class Reader:
                 return False
             fetched = raw.nbytes
         if raw is not None:
-            self._convert(raw, target.data, rows)
+            self._convert(raw, target().data, rows)
         if self.dataset.store.is_local:
             self.metrics.add(fetched=fetched)
         return True
@@ -325,19 +331,6 @@ class Reader:
         shards = np.unique(np.minimum(first[:, None] + span, last[:, None]))
         paths = [array.shard_path(k) for k in shards.tolist()]
         return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
-
-    def have(self, samples: Ids, share: int = 1) -> None:
-        """Wait until the shards of samples are in the cache, if they fit into one of ``share`` parts of half of it.
-
-        To be called before there is memory for the samples, which then waits for no download.
-        """
-        if self.cache is None:
-            return
-        self._check()
-        sizes = self.shard_sizes(samples)
-        if sum(sizes.values()) * share * 2 <= self.cache.capacity:  # else the last would throw out the first
-            for path in sizes:
-                self._file(path)
 
     def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
         """Whether a shard is a file here now; downloads it if not and if there is room. ``Stopped`` once ``stop`` says so."""

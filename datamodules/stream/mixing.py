@@ -9,6 +9,7 @@ its own order, which has its own epochs: everything follows from the position in
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -160,10 +161,8 @@ class MixedReader:
         """As ``Reader.batch``."""
         samples = np.asarray(samples, np.int64)
         parts = self._split(samples)
-        for s, _, ids in parts if wait else ():
-            self.readers[s].have(ids, len(parts))
         reader = self.readers[parts[0][0]]
-        target = reader.target(len(samples))
+        target = functools.cache(lambda: reader.target(len(samples)))
         labels: dict[str, Tensor] = {"source": torch.empty(len(samples), dtype=torch.int64)}
         for s, rows, ids in parts:
             self.readers[s].fill(ids, target, None if len(parts) == 1 else rows, wait=wait)
@@ -172,7 +171,7 @@ class MixedReader:
                 if name not in labels:
                     labels[name] = torch.empty((len(samples), *values.shape[1:]), dtype=values.dtype)
                 labels[name][rows] = values
-        batch = {**reader.windows.views(target.data), **labels, "index": torch.from_numpy(np.array(samples))}
+        batch = {**reader.windows.views(target().data), **labels, "index": torch.from_numpy(np.array(samples))}
         return reader.finish(batch)
 
     def shard_sizes(self, samples: Indices) -> dict[str, int]:

@@ -185,7 +185,7 @@ def test_the_direct_path_equals_the_general_one(tmp_path: Path, chunk: int, dtyp
             assert a.dtype == torch.float32 and torch.equal(a, b)
         rows = np.array([4, 0, 2])
         target = direct.target(6)
-        direct.fill(ids[:3], target, rows)
+        direct.fill(ids[:3], lambda: target, rows)
         assert torch.equal(target.data[rows], b[:3])
 
 
@@ -197,7 +197,7 @@ def test_direct_reads_hit_the_limits_of_a_request(tmp_path: Path, monkeypatch: p
     assert np.array_equal(reader.batch(np.arange(12))["fields"].numpy(), field_values(N, T))
     at = Located(np.array([11]), np.array([5]), np.array([1]))
     slab, _ = reader._pool.take(1, 9, reader._direct.payload)
-    assert not Direct(dataset.main, 9).read_whole(at, slab, lambda k: None)
+    assert not Direct(dataset.main, 9).read_whole(at, lambda: slab, lambda k: None)
 
 
 def square(url: str) -> str:
