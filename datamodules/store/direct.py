@@ -27,7 +27,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from .errors import Changed
 from .sign import Signer, host_of
-from .wire import SINK_PIECE, Sink, Steps, exchange
+from .wire import Sink, Steps, exchange
 
 SIGNED_SECONDS = 3600  # for so long a signed URL is good ...
 RESIGN_SECONDS = 600.0  # ... and for so long it is used: credentials may change
@@ -202,11 +202,11 @@ class DirectReads:
             self._tls = context
         return self._tls
 
-    def memory(self) -> memoryview:
-        """This thread's memory for bytes on their way to a sink."""
-        if not hasattr(self._memory, "view"):
-            self._memory.view = memoryview(bytearray(SINK_PIECE))
-        return self._memory.view
+    def memory(self) -> list[memoryview]:
+        """This thread's memory for bytes on their way to sinks, as far as it is not in use."""
+        if not hasattr(self._memory, "free"):
+            self._memory.free = []
+        return self._memory.free
 
 
 class _Call:

@@ -18,7 +18,9 @@ from collections.abc import Callable, Generator
 
 SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
 PIECE = 1 << 20  # bytes asked of the socket at once ...
-SINK_PIECE = 256 << 10  # ... and where a sink takes them: what is still in the processor's cache when it does
+# ... and where a sink takes them: what is still in the processor's cache when it does. All but the last piece of a part have
+# this size, and begin at multiples of it: files that are written in other pieces are read slower from the page cache.
+SINK_PIECE = 256 << 10
 HEAD = 16 << 10  # bytes asked of the socket at once before the body ...
 MAX_HEAD = 64 << 10  # ... and at most
 
@@ -56,17 +58,35 @@ def exchange(
     wanted: int | None,
     sink: Sink | None,
     seen: Callable[[str | None], None],
-    scratch: memoryview,
+    free: list[memoryview],
     read_timeout: float,
 ) -> Steps:
     """Sends ``request`` and returns the whole body, or its length once a sink has it, and whether ``sock`` may be kept.
 
     Yields whenever it needs the socket, which must not block, to be readable. ``wanted``: bytes that the body must have
-    (``None``: any). ``seen`` is told the ETag before the body. ``scratch``: memory of this thread.
+    (``None``: any). ``seen`` is told the ETag before the body. ``free``: memory that this thread's exchanges leave to each
+    other.
 
     Raises for any other answer (`FileNotFoundError`, `HttpError`), too slow a body, one that is too short or too long
     (`TimeoutError`, `http.client.IncompleteRead`), and `NoAnswer`.
     """
+    scratch = free.pop() if free else memoryview(bytearray(SINK_PIECE))
+    try:
+        return (yield from _exchange(sock, request, host, wanted, sink, seen, scratch, read_timeout))
+    finally:
+        free.append(scratch)
+
+
+def _exchange(
+    sock: socket.socket,
+    request: bytes,
+    host: str,
+    wanted: int | None,
+    sink: Sink | None,
+    seen: Callable[[str | None], None],
+    scratch: memoryview,
+    read_timeout: float,
+) -> Steps:
     head = yield from _head(sock, request, scratch[:HEAD])
     end = head.index(b"\r\n\r\n")
     match = _STATUS.match(head)
@@ -91,23 +111,25 @@ def exchange(
         raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
     keep = match[1] != b"0" and fields.get(b"connection", b"").lower() != b"close" and len(rest) <= length
     seconds = read_timeout + length / SLOWEST
-    limit, done = time.monotonic() + seconds, min(len(rest), length)
+    limit, done = time.monotonic() + seconds, 0
     whole = bytearray(length if sink is None else 0)
-    if sink is None:
-        whole[:done] = rest[:done]
-    elif done:
-        sink(0, rest[:done])
-    view = memoryview(whole)
+    view, filled = memoryview(whole), len(rest)
     while done < length:
-        into = view[done : done + PIECE] if sink is None else scratch[: min(SINK_PIECE, length - done)]
-        count = yield from _receive(sock, into)
-        if not count:
-            raise http.client.IncompleteRead(b"", length - done)
+        room = min(PIECE if sink is None else SINK_PIECE, length - done)
+        into = view[done : done + room] if sink is None else scratch[:room]
+        if rest:
+            filled = min(len(rest), room)
+            into[:filled], rest = rest[:filled], rest[filled:]
+        while filled < room:
+            count = yield from _receive(sock, into[filled:])
+            if not count:
+                raise http.client.IncompleteRead(b"", length - done - filled)
+            filled += count
+            if done + filled < length and time.monotonic() > limit:
+                raise TimeoutError(f"{host}: {done + filled} of {length} bytes came in {seconds:.0f} s")
         if sink is not None:
-            sink(done, into[:count])
-        done += count
-        if done < length and time.monotonic() > limit:
-            raise TimeoutError(f"{host}: {done} of {length} bytes came in {seconds:.0f} s")
+            sink(done, into)
+        done, filled = done + room, 0
     if isinstance(sock, ssl.SSLSocket) and sock.pending():  # more than was asked for
         keep = False
     return (whole if sink is None else done), keep

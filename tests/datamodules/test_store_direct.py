@@ -269,13 +269,16 @@ def test_a_connection_that_ends_with_a_request_on_its_way_is_made_anew(server: S
 
 
 def test_a_sink_that_takes_long_makes_no_other_answer_late(server: Server) -> None:
-    direct, slow = reads(server, read_timeout=0.3), [0.5]
+    direct, slow, got = reads(server, read_timeout=0.3), [0.5], []
 
-    def stalls(_offset: int, _piece: memoryview) -> None:
+    def stalls(offset: int, piece: memoryview) -> None:
+        got.append((offset, len(piece)))
         time.sleep(slow.pop() if slow else 0)
 
     assert direct.get([("plain", 0, 500_000)] * 6, [stalls] * 6) == [500_000] * 6
     assert not slow
+    # However the network cuts them: a file that is written in other pieces is read slower later.
+    assert sorted(got) == [(0, wire.SINK_PIECE)] * 6 + [(wire.SINK_PIECE, 500_000 - wire.SINK_PIECE)] * 6
 
 
 def test_large_parts_are_read_by_several_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
