@@ -185,7 +185,7 @@ def test_the_direct_path_equals_the_general_one(tmp_path: Path, chunk: int, dtyp
             assert a.dtype == torch.float32 and torch.equal(a, b)
         rows = np.array([4, 0, 2])
         target = direct.target(6)
-        direct.fill(ids[:3], lambda: target, rows)
+        direct.fill(ids[:3], lambda target=target: target, rows)
         assert torch.equal(target.data[rows], b[:3])
 
 
