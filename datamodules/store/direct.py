@@ -56,28 +56,30 @@ class _Flight:
 
 
 class _Turns:
-    """Requests that may be in flight, handed out so that nobody who has some keeps others waiting."""
+    """Requests that may be in flight. Who has some takes no more while another waits, and who waits longest is next."""
 
     def __init__(self, count: int) -> None:
-        self.free, self._waiting, self._changed = count, 0, threading.Condition()
+        self.free, self._queue, self._changed = count, deque[object](), threading.Condition()
 
     def take(self, wait: bool) -> bool:
         """Whether there is one; if not and there is nothing else to do, ``wait`` for it."""
         with self._changed:
-            if not wait and (self._waiting or not self.free):
+            if not wait and (self._queue or not self.free):
                 return False
-            self._waiting += 1
+            own = object()
+            self._queue.append(own)
             try:
-                self._changed.wait_for(lambda: self.free)
+                self._changed.wait_for(lambda: self.free and self._queue[0] is own)
+                self.free -= 1
             finally:
-                self._waiting -= 1
-            self.free -= 1
+                self._queue.remove(own)
+                self._changed.notify_all()
             return True
 
     def give(self, count: int = 1) -> None:
         with self._changed:
             self.free += count
-            self._changed.notify(count)
+            self._changed.notify_all()
 
 
 class DirectReads:
@@ -105,10 +107,9 @@ class DirectReads:
         self._urls: dict[str, tuple[float, SplitResult]] = {}
         self._idle: dict[tuple[str, str], list[socket.socket]] = {}
         self.turns = _Turns(concurrency)
-        self._lanes = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-store")
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="keel-connect")
         self._tls: ssl.SSLContext | None = None
-        self._memory = threading.local()
+        self.memory: list[memoryview] = []  # for bytes on their way to sinks, as far as it is not in use
 
     def get(self, parts: Sequence[Part], sinks: Sequence[Sink] | None = None, tags: Tags | None = None) -> list[Result]:
         """The bytes of each part (with sinks: their number), or what went wrong with it.
@@ -121,9 +122,10 @@ class DirectReads:
         if lanes == 1:
             return _Call(self, parts, sinks, tags).run()
         calls = [_Call(self, parts[i::lanes], sinks and sinks[i::lanes], tags) for i in range(lanes)]
+        _together(calls)
         results: list[Result] = [0] * len(parts)
-        for i, found in enumerate(self._lanes.map(_Call.run, calls)):
-            results[i::lanes] = found
+        for i, call in enumerate(calls):
+            results[i::lanes] = call.results
         return results
 
     def forget(self, key: str) -> None:
@@ -202,12 +204,6 @@ class DirectReads:
             self._tls = context
         return self._tls
 
-    def memory(self) -> list[memoryview]:
-        """This thread's memory for bytes on their way to sinks, as far as it is not in use."""
-        if not hasattr(self._memory, "free"):
-            self._memory.free = []
-        return self._memory.free
-
 
 class _Call:
     """One call of ``DirectReads.get``: its thread steps through its requests in flight as their answers come."""
@@ -222,10 +218,11 @@ class _Call:
         self.turns = 0  # of those that all threads share
         self.flights: set[_Flight] = set()
         self.selector = selectors.DefaultSelector()
+        self.stopped = False  # by another thread
 
     def run(self) -> list[Result]:
         try:
-            while self.left or self.flights:
+            while (self.left or self.flights) and not self.stopped:
                 self.begin()
                 ready = self.selector.select(self.reads.read_timeout / 8 if self.flights else 0)
                 now = time.monotonic()  # what comes while the others are seen to is not late
@@ -291,7 +288,7 @@ class _Call:
 
         wanted = None if end is None else end - start
         steps = exchange(
-            sock, request, host_of(url), wanted, self.sinks[number], seen, self.reads.memory(), self.reads.read_timeout
+            sock, request, host_of(url), wanted, self.sinks[number], seen, self.reads.memory, self.reads.read_timeout
         )
         flight = _Flight(number, url, request, sock, kept, steps)
         self.flights.add(flight)
@@ -332,6 +329,36 @@ class _Call:
         self.results[number] = result
         self.turns -= 1
         self.reads.turns.give()
+
+
+def _together(calls: Sequence[_Call]) -> None:
+    """The first in this thread, the others beside it. If one fails as a whole all are over when this raises why."""
+    faults: list[BaseException] = []
+
+    def lane(call: _Call) -> None:
+        try:
+            call.run()
+        except BaseException as error:
+            faults.append(error)
+            for other in calls:
+                other.stopped = True
+
+    threads = [threading.Thread(target=lane, args=(call,), name="keel-store", daemon=True) for call in calls[1:]]
+    try:
+        for thread in threads:
+            thread.start()
+        calls[0].run()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        for call in calls:
+            call.stopped = True
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        raise
+    if faults:
+        raise faults[0]
 
 
 def compare_tag(tags: Tags, key: str, tag: str | None) -> None:

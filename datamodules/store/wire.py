@@ -13,6 +13,7 @@ import io
 import re
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Generator
 
@@ -23,6 +24,7 @@ PIECE = 1 << 20  # bytes asked of the socket at once ...
 SINK_PIECE = 256 << 10
 HEAD = 16 << 10  # bytes asked of the socket at once before the body ...
 MAX_HEAD = 64 << 10  # ... and at most
+ERROR_BYTES = 64 << 10  # of an error's answer
 
 # Called with the bytes of a part as they come, and their offset in it; from offset 0 again if the part is read again. The
 # memory is used again after the call.
@@ -64,13 +66,15 @@ def exchange(
     """Sends ``request`` and returns the whole body, or its length once a sink has it, and whether ``sock`` may be kept.
 
     Yields whenever it needs the socket, which must not block, to be readable. ``wanted``: bytes that the body must have
-    (``None``: any). ``seen`` is told the ETag before the body. ``free``: memory that this thread's exchanges leave to each
-    other.
+    (``None``: any). ``seen`` is told the ETag before the body. ``free``: memory that exchanges leave to each other.
 
     Raises for any other answer (`FileNotFoundError`, `HttpError`), too slow a body, one that is too short or too long
     (`TimeoutError`, `http.client.IncompleteRead`), and `NoAnswer`.
     """
-    scratch = free.pop() if free else memoryview(bytearray(SINK_PIECE))
+    try:
+        scratch = free.pop()
+    except IndexError:
+        scratch = memoryview(bytearray(SINK_PIECE))
     try:
         return (yield from _exchange(sock, request, host, wanted, sink, seen, scratch, read_timeout))
     finally:
@@ -95,16 +99,18 @@ def _exchange(
         for name, _, value in (line.partition(b":") for line in head[:end].split(b"\r\n")[1:])
     }
     told = fields.get(b"content-length", b"")
-    if match is None or int(match[2]) not in (200, 206) or b"transfer-encoding" in fields or not told.isdigit():
-        enough = end + 4 + int(told) if told.isdigit() else None
-        chunked = b"transfer-encoding" in fields
-        if match is not None:
-            data = _collected(sock, head, enough, chunked, scratch, host, read_timeout)
-            return _parsed((yield from data), host, wanted, sink, seen)
+    if match is None:
         return _parsed(head, host, wanted, sink, seen)
-    status, length, rest = int(match[2]), int(told), memoryview(head)[end + 4 :]
+    status, good = int(match[2]), int(match[2]) in (200, 206)
     if status == 200 and wanted is not None:
         raise HttpError(status, b"<Code>RangeIgnored</Code>", host)
+    chunked = b"transfer-encoding" in fields
+    if not good or chunked or not told.isdigit():
+        most = ERROR_BYTES if not good else sys.maxsize if wanted is None else 2 * wanted + ERROR_BYTES
+        enough = min(most, end + 4 + int(told) if told.isdigit() and not chunked else most)
+        data = yield from _collected(sock, head, enough, chunked, scratch, host, read_timeout)
+        return _parsed(data, host, wanted, sink, seen)
+    length, rest = int(told), memoryview(head)[end + 4 :]
     tag = fields.get(b"etag")
     seen(None if tag is None else tag.decode("latin-1"))
     if wanted is not None and length != wanted:
@@ -178,15 +184,15 @@ class _Replay:
 def _collected(
     sock: socket.socket,
     head: bytes,
-    enough: int | None,
+    enough: int,
     chunked: bool,
     scratch: memoryview,
     host: str,
     read_timeout: float,
 ) -> Generator[None, None, bytes]:
-    """All of an answer that began with ``head``: ``enough`` bytes, or to the last of its chunks, or to the end."""
+    """Of an answer that began with ``head``: ``enough`` bytes, or fewer to the last of its chunks or to the end."""
     data, began = bytearray(head), time.monotonic()
-    while not (_ended(data) if chunked else enough is not None and len(data) >= enough):
+    while len(data) < enough and not (chunked and _ended(data)):
         count = yield from _receive(sock, scratch)
         if not count:
             break
@@ -216,13 +222,16 @@ def _parsed(
     """What a whole answer says that is an error, or a body of unknown length, which no store sends for an object."""
     with http.client.HTTPResponse(_Replay(data), method="GET") as response:  # type: ignore[arg-type]  # needs makefile only
         response.begin()
-        body = response.read()
+        try:
+            body = response.read()
+        except http.client.IncompleteRead as error:
+            if response.status in (200, 206):
+                raise
+            body = error.partial  # that it is an error is told all the same
         if response.status == 404:
             raise FileNotFoundError(errno.ENOENT, _field(body, b"Code") or "Not Found", host)
         if response.status not in (200, 206):
             raise HttpError(response.status, body, host)
-        if response.status == 200 and wanted is not None:
-            raise HttpError(response.status, b"<Code>RangeIgnored</Code>", host)
         seen(response.getheader("ETag"))
         if wanted is not None and len(body) != wanted:
             raise TimeoutError(f"{host} answered {len(body)} bytes where {wanted} were asked for")

@@ -123,7 +123,7 @@ class Reader:
     def fill(self, samples: Ids, target: Callable[[], Target], rows: Ids | None = None, wait: bool = True) -> None:
         """Read ``samples`` into the ``rows`` of a target (all of them, in order, if not given).
 
-        The target is asked for once shards that have to come here have come, so that its memory waits for no download.
+        Where shards are read as files the target is asked for once they are open, so that its memory waits for no download.
         """
         self._check()
         at = self.windows.locate(samples)
@@ -242,10 +242,7 @@ class Reader:
         array, entries, found = self.windows.array, self.windows.entries, []
         plan = array.plan
         # Where chunks are compressed their places stand in an index in each shard: fetch those that are not known together.
-        last = at.start + (entries - 1) * at.step
-        shards = at.lead if array.window_axis else np.concatenate([at.start, last])
-        numbers = np.unique(shards // array.shard_length).tolist()
-        read = array.prepare(numbers, lambda path, start, stop: self._held(path, start, stop, wait))
+        read = array.prepare(self._shards(at), lambda path, start, stop: self._held(path, start, stop, wait))
         if read:
             self.metrics.add(fetched=read)
         where = range(len(at.start)) if rows is None else rows.tolist()
@@ -324,13 +321,16 @@ class Reader:
 
     def shard_sizes(self, samples: Ids) -> dict[str, int]:
         """Paths and bytes of the shards that samples lie in."""
-        array, at = self.windows.array, self.windows.locate(samples)
-        end = at.start + (self.windows.entries - 1) * at.step
+        array = self.windows.array
+        paths = [array.shard_path(k) for k in self._shards(self.windows.locate(samples))]
+        return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
+
+    def _shards(self, at: Located) -> list[int]:
+        """Numbers of the shards that windows touch."""
+        array, end = self.windows.array, at.start + (self.windows.entries - 1) * at.step
         first, last = (x // array.shard_length for x in ((at.lead, at.lead) if array.window_axis else (at.start, end)))
         span = np.arange(1 + int((last - first).max(initial=0)))
-        shards = np.unique(np.minimum(first[:, None] + span, last[:, None]))
-        paths = [array.shard_path(k) for k in shards.tolist()]
-        return {path: self.dataset.objects[path].size for path in paths if path in self.dataset.objects}
+        return np.unique(np.minimum(first[:, None] + span, last[:, None])).tolist()
 
     def cached(self, path: str, stop: Callable[[], bool] = never) -> bool:
         """Whether a shard is a file here now; downloads it if not and if there is room. ``Stopped`` once ``stop`` says so."""

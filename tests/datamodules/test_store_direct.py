@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 from cryptography import x509
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.count += 1
-        server, how = self.server, self.path.split("?")[0].strip("/")
+        server, how = self.server, unquote(self.path.split("?")[0].strip("/"))
         with server.lock:
             server.seen.append((self.headers["Host"], self.path, id(self.connection)))
             server.flying += 1
@@ -80,6 +81,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif how == "whole":
             raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT
+        elif how == "endless":  # ignores the range, and says no length
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not self.server.over.wait(0.001):
+                self.wfile.write(CONTENT)
+        elif how == "flood":
+            self.wfile.write(b"HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while not self.server.over.wait(0.001):
+                self.wfile.write(b"1000\r\n" + bytes(4096) + b"\r\n")
+        elif how == "nothing more":
+            raw = b"HTTP/1.1 404 Not Found\r\nContent-Length: 99\r\n\r\n<Code>NoSuchKey</Code>"
+            self.close_connection = True
         elif how == "short":
             raw = raw.replace(b"LENGTH:%d" % len(body), b"LENGTH:%d" % (len(body) - 1))[:-1]
         elif how == "cut":
@@ -137,7 +149,7 @@ class Sign:
     def __call__(self, key: str) -> str:
         if key == "unsigned":
             raise PermissionError("no credentials")
-        return f"{self.origin}/{key}?signed=1"
+        return f"{self.origin}/{quote(key)}?signed=1"
 
     def forget(self, key: str) -> None: ...
 
@@ -183,6 +195,9 @@ def test_every_good_answer_is_read(server: Server, how: str) -> None:
     ("how", "error", "told"),
     [
         ("whole", HttpError, "RangeIgnored"),
+        ("endless", HttpError, "RangeIgnored"),
+        ("flood", http.client.IncompleteRead, "IncompleteRead"),
+        ("nothing more", FileNotFoundError, "NoSuchKey"),
         ("short", TimeoutError, "answered 99 bytes where 100 were asked for"),
         ("cut", http.client.IncompleteRead, "1 more expected"),
         ("none", ConnectionError, "without an answer"),
@@ -298,26 +313,60 @@ def test_large_parts_are_read_by_several_threads(server: Server, monkeypatch: py
     assert direct.get(spans) == [CONTENT[start:end] for _, start, end in spans]
     assert direct.get(spans, [*map(sink, found)]) == [end - start for _, start, end in spans]
     assert found == [CONTENT[start:end] for _, start, end in spans]
-    assert len(threads) > 1 and all(name.startswith("keel-store") for name in threads)
+    assert threads == {"MainThread", "keel-store"}
     assert server.most <= 4
 
 
-def test_who_has_turns_takes_no_more_while_another_waits() -> None:
-    turns = _Turns(2)
-    assert turns.take(False) and turns.take(True) and not turns.take(False)
-    other = threading.Thread(target=turns.take, args=(True,))
-    other.start()
-    while not turns._waiting:
-        time.sleep(0.001)
-    turns.free += 1  # as if it were just given back
-    assert not turns.take(False)
-    turns.give(0)
-    with turns._changed:
-        turns._changed.notify()
-    other.join(10)
-    assert not other.is_alive() and turns.free == 0
-    turns.give(2)
-    assert turns.take(False)
+def test_nothing_is_written_once_a_read_by_several_threads_has_failed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct_reads, "LANE_BYTES", 1000)
+    monkeypatch.setattr(direct_reads, "LANES", 3)
+    direct, got, ended = reads(server), list[bool](), list[bool]()
+
+    def sink(offset: int, piece: memoryview) -> None:
+        got.append(bool(ended))
+        time.sleep(0.01)
+        if threading.current_thread() is threading.main_thread() and len(got) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        direct.get([("plain", 0, len(CONTENT))] * 30, [sink] * 30)
+    ended.append(True)
+    time.sleep(0.1)
+    assert not any(got) and len(got) < 120 and direct.turns.free == direct.concurrency
+
+    fails = iter([False, True])
+    monkeypatch.setattr(
+        direct, "connect", lambda urls: 1 / 0 if next(fails, True) else [direct._connect(u) for u in urls]
+    )
+    with pytest.raises(ZeroDivisionError):
+        direct.get([("close", 0, 100_000)] * 6)
+    assert direct.turns.free == direct.concurrency
+
+
+def test_who_waits_longest_for_a_turn_is_next() -> None:
+    turns, order = _Turns(1), []
+    assert turns.take(wait=False) and not turns.take(wait=False)
+
+    def wait(name: int) -> None:
+        for _ in range(2):
+            assert turns.take(wait=True)
+            order.append(name)
+            time.sleep(0.01)
+            turns.give()
+
+    threads = []
+    for name in range(3):
+        threads.append(threading.Thread(target=wait, args=(name,)))
+        threads[-1].start()
+        while len(turns._queue) <= name:
+            time.sleep(0.001)
+    turns.give()
+    assert not turns.take(wait=False)  # it is the first one's, who has not woken up yet
+    for thread in threads:
+        thread.join(10)
+    assert order == [0, 1, 2, 0, 1, 2] and turns.free == 1
 
 
 def self_signed() -> bytes:
