@@ -15,7 +15,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 
 SLOWEST = 64 << 10  # bytes/s; a body that comes slower than this and `read_timeout` allow is given up
 PIECE = 1 << 20  # bytes asked of the socket at once ...
@@ -71,74 +72,68 @@ def exchange(
     Raises for any other answer (`FileNotFoundError`, `HttpError`), too slow a body, one that is too short or too long
     (`TimeoutError`, `http.client.IncompleteRead`), and `NoAnswer`.
     """
+    with _borrowed(free) as scratch:
+        head = yield from _head(sock, request, scratch[:HEAD])
+        end = head.index(b"\r\n\r\n")
+        match = _STATUS.match(head)
+        fields = {
+            name.strip().lower(): value.strip()
+            for name, _, value in (line.partition(b":") for line in head[:end].split(b"\r\n")[1:])
+        }
+        told = fields.get(b"content-length", b"")
+        if match is None:
+            return _parsed(head, host, wanted, sink, seen)
+        status, good = int(match[2]), int(match[2]) in (200, 206)
+        if status == 200 and wanted is not None:
+            raise HttpError(status, b"<Code>RangeIgnored</Code>", host)
+        chunked = b"transfer-encoding" in fields
+        if not good or chunked or not told.isdigit():
+            most = ERROR_BYTES if not good else sys.maxsize if wanted is None else 2 * wanted + ERROR_BYTES
+            enough = min(most, end + 4 + int(told) if told.isdigit() and not chunked else most)
+            data = yield from _collected(sock, head, enough, chunked, scratch, host, read_timeout)
+            return _parsed(data, host, wanted, sink, seen)
+        length, rest = int(told), memoryview(head)[end + 4 :]
+        tag = fields.get(b"etag")
+        seen(None if tag is None else tag.decode("latin-1"))
+        if wanted is not None and length != wanted:
+            raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
+        keep = match[1] != b"0" and fields.get(b"connection", b"").lower() != b"close" and len(rest) <= length
+        seconds = read_timeout + length / SLOWEST
+        limit, done = time.monotonic() + seconds, 0
+        whole = bytearray(length if sink is None else 0)
+        view, filled = memoryview(whole), len(rest)
+        while done < length:
+            room = min(PIECE if sink is None else SINK_PIECE, length - done)
+            into = view[done : done + room] if sink is None else scratch[:room]
+            if rest:
+                filled = min(len(rest), room)
+                into[:filled], rest = rest[:filled], rest[filled:]
+            while filled < room:
+                count = yield from _receive(sock, into[filled:])
+                if not count:
+                    raise http.client.IncompleteRead(b"", length - done - filled)
+                filled += count
+                if done + filled < length and time.monotonic() > limit:
+                    raise TimeoutError(f"{host}: {done + filled} of {length} bytes came in {seconds:.0f} s")
+            if sink is not None:
+                sink(done, into)
+            done, filled = done + room, 0
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():  # more than was asked for
+            keep = False
+        return (whole if sink is None else done), keep
+
+
+@contextmanager
+def _borrowed(free: list[memoryview]) -> Iterator[memoryview]:
+    """Memory from what is left, or new."""
     try:
-        scratch = free.pop()
+        memory = free.pop()
     except IndexError:
-        scratch = memoryview(bytearray(SINK_PIECE))
+        memory = memoryview(bytearray(SINK_PIECE))
     try:
-        return (yield from _exchange(sock, request, host, wanted, sink, seen, scratch, read_timeout))
+        yield memory
     finally:
-        free.append(scratch)
-
-
-def _exchange(
-    sock: socket.socket,
-    request: bytes,
-    host: str,
-    wanted: int | None,
-    sink: Sink | None,
-    seen: Callable[[str | None], None],
-    scratch: memoryview,
-    read_timeout: float,
-) -> Steps:
-    head = yield from _head(sock, request, scratch[:HEAD])
-    end = head.index(b"\r\n\r\n")
-    match = _STATUS.match(head)
-    fields = {
-        name.strip().lower(): value.strip()
-        for name, _, value in (line.partition(b":") for line in head[:end].split(b"\r\n")[1:])
-    }
-    told = fields.get(b"content-length", b"")
-    if match is None:
-        return _parsed(head, host, wanted, sink, seen)
-    status, good = int(match[2]), int(match[2]) in (200, 206)
-    if status == 200 and wanted is not None:
-        raise HttpError(status, b"<Code>RangeIgnored</Code>", host)
-    chunked = b"transfer-encoding" in fields
-    if not good or chunked or not told.isdigit():
-        most = ERROR_BYTES if not good else sys.maxsize if wanted is None else 2 * wanted + ERROR_BYTES
-        enough = min(most, end + 4 + int(told) if told.isdigit() and not chunked else most)
-        data = yield from _collected(sock, head, enough, chunked, scratch, host, read_timeout)
-        return _parsed(data, host, wanted, sink, seen)
-    length, rest = int(told), memoryview(head)[end + 4 :]
-    tag = fields.get(b"etag")
-    seen(None if tag is None else tag.decode("latin-1"))
-    if wanted is not None and length != wanted:
-        raise TimeoutError(f"{host} answered {length} bytes where {wanted} were asked for")
-    keep = match[1] != b"0" and fields.get(b"connection", b"").lower() != b"close" and len(rest) <= length
-    seconds = read_timeout + length / SLOWEST
-    limit, done = time.monotonic() + seconds, 0
-    whole = bytearray(length if sink is None else 0)
-    view, filled = memoryview(whole), len(rest)
-    while done < length:
-        room = min(PIECE if sink is None else SINK_PIECE, length - done)
-        into = view[done : done + room] if sink is None else scratch[:room]
-        if rest:
-            filled = min(len(rest), room)
-            into[:filled], rest = rest[:filled], rest[filled:]
-        while filled < room:
-            count = yield from _receive(sock, into[filled:])
-            if not count:
-                raise http.client.IncompleteRead(b"", length - done - filled)
-            filled += count
-            if done + filled < length and time.monotonic() > limit:
-                raise TimeoutError(f"{host}: {done + filled} of {length} bytes came in {seconds:.0f} s")
-        if sink is not None:
-            sink(done, into)
-        done, filled = done + room, 0
-    if isinstance(sock, ssl.SSLSocket) and sock.pending():  # more than was asked for
-        keep = False
-    return (whole if sink is None else done), keep
+        free.append(memory)
 
 
 def _head(sock: socket.socket, request: bytes, scratch: memoryview) -> Generator[None, None, bytes]:
